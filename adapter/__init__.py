@@ -1,0 +1,42 @@
+"""What a trainer imports: torch and gRPC, never SGLang.
+
+from adapter import WeightSyncClient
+
+client = WeightSyncClient("unix:/run/weight-sync/sidecar.sock", rank=rank, tp_size=tp_size)
+client.update_weights(model.state_dict().items(), version=str(step))
+"""
+
+from adapter.client import WeightSyncClient
+from adapter.errors import (
+    EngineUnreachable,
+    IncompatibleSidecar,
+    LaunchError,
+    RanksMissing,
+    SidecarUnreachable,
+    UpdateAborted,
+    UpdateFailed,
+    UpdateRefused,
+    UpdateStillApplying,
+    WeightSyncError,
+)
+from adapter.generate import GenerateClient, Generation
+from adapter.planner import TensorSpec
+from adapter.wire import UpdateResult
+
+__all__ = [
+    "EngineUnreachable",
+    "GenerateClient",
+    "Generation",
+    "IncompatibleSidecar",
+    "LaunchError",
+    "RanksMissing",
+    "SidecarUnreachable",
+    "TensorSpec",
+    "UpdateAborted",
+    "UpdateFailed",
+    "UpdateRefused",
+    "UpdateResult",
+    "UpdateStillApplying",
+    "WeightSyncClient",
+    "WeightSyncError",
+]

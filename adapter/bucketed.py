@@ -1,0 +1,109 @@
+"""An update too large for one bucket, from one rank: begin, push bucket by bucket, commit; abort when it breaks.
+
+Invariant: at most ``BUCKETS_IN_FLIGHT`` buckets of this rank's memory exist at a time: the next is filled while the
+engine loads the last, and only after the one before was let go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import grpc
+import torch
+
+from adapter import wire
+from adapter.errors import WeightSyncError, from_rpc_error
+from adapter.exports import Export
+from adapter.ledger import ExportLedger
+from adapter.planner import Plan
+from adapter.sidecar_stub import SidecarStub
+from adapter.staging import stage
+from sidecar.v1 import weight_sync_pb2 as pb
+
+BUCKETS_IN_FLIGHT = 2
+ABORT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Push:
+    bucket: int
+    export: Export
+    answer: grpc.Future[pb.PushBucketResponse]
+
+
+class BucketedSend:
+    """One rank's part of one update."""
+
+    def __init__(
+        self, stub: SidecarStub, ledger: ExportLedger, header: pb.UpdateHeader, device: torch.device, timeout_s: float
+    ) -> None:
+        self._stub = stub
+        self._ledger = ledger
+        self._header = header
+        self._device = device
+        self._give_up = time.monotonic() + timeout_s
+        self._in_flight: deque[_Push] = deque()
+
+    def run(self, planned: Plan, tensors: Iterator[tuple[str, torch.Tensor]]) -> pb.UpdateOutcome:
+        """Send everything; the committed outcome. Raises ``WeightSyncError`` or ``ValueError``."""
+        reference = pb.ManifestReference(manifest=wire.manifest(planned))
+        begin = pb.BeginUpdateRequest(update=self._header, manifest=reference)
+        self._stub.call(self._stub.rpc.BeginUpdate, begin, self._left())
+        try:
+            self._push_all(planned, tensors)
+        except BaseException as error:
+            self._abort(error)
+            raise
+        commit = pb.CommitUpdateRequest(update_id=self._header.update_id, rank=self._header.rank)
+        return self._stub.call(self._stub.rpc.CommitUpdate, commit, self._left()).outcome
+
+    def _push_all(self, planned: Plan, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        for index, bucket in enumerate(planned.buckets):
+            if len(self._in_flight) == BUCKETS_IN_FLIGHT:
+                self._finish(self._in_flight.popleft())
+            self._push(index, stage(bucket, tensors, self._device))
+        while self._in_flight:
+            self._finish(self._in_flight.popleft())
+
+    def _push(self, bucket: int, export: Export) -> None:
+        request = pb.PushBucketRequest(
+            update_id=self._header.update_id, rank=self._header.rank, bucket=bucket, handle=export.handle()
+        )
+        self._ledger.hold(export)
+        answer = self._stub.rpc.PushBucket.future(request, timeout=self._left())
+        self._in_flight.append(_Push(bucket, export, answer))
+
+    def _finish(self, push: _Push) -> None:
+        """Wait until the engine has loaded a bucket and let its memory go."""
+        try:
+            push.answer.result()
+        except grpc.RpcError as failure:
+            error = from_rpc_error(failure, self._stub.target)
+            self._ledger.failed(push.export, push.bucket, error)
+            raise error from failure
+        self._ledger.settle_one(push.export)
+
+    def _abort(self, cause: BaseException) -> None:
+        """Tell the other ranks, and learn of the pushes in flight what became of their memory."""
+        request = pb.AbortUpdateRequest(
+            update_id=self._header.update_id, rank=self._header.rank, reason=f"{type(cause).__name__}: {cause}"[:512]
+        )
+        with suppress(WeightSyncError):  # it has ended already, or nobody is there: the cause says why
+            self._stub.call(self._stub.rpc.AbortUpdate, request, ABORT_TIMEOUT_S)
+        while self._in_flight:
+            self._learn_fate(self._in_flight.popleft())
+
+    def _learn_fate(self, push: _Push) -> None:
+        try:
+            push.answer.result(timeout=ABORT_TIMEOUT_S)
+        except grpc.RpcError as failure:
+            self._ledger.failed(push.export, push.bucket, from_rpc_error(failure, self._stub.target))
+        except grpc.FutureTimeoutError:
+            push.answer.cancel()
+
+    def _left(self) -> float:
+        return max(0.001, self._give_up - time.monotonic())

@@ -1,0 +1,208 @@
+"""What a trainer's rank uses: ``WeightSyncClient(target, rank=r, tp_size=n).update_weights(named_tensors, version=v)``.
+
+Runs in every TP rank of the trainer, in its own process, with torch and gRPC alone: no SGLang, no process group, no
+pickle. All ranks call with the same names, dtypes, shapes and version, in any order; rank r sends full tensors from
+the memory that the engine's TP rank r can open (the same GPU, or the same host).
+
+Invariant: memory that was handed over is dropped only when the engine has let it go or provably never saw it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from adapter import wire
+from adapter.bucketed import BucketedSend
+from adapter.errors import EngineUnreachable, UpdateFailed, UpdateRefused, WeightSyncError
+from adapter.ledger import ExportLedger
+from adapter.planner import Plan, TensorSpec, plan
+from adapter.sidecar_stub import SidecarStub
+from adapter.staging import stage
+from adapter.wire import UpdateResult
+from sidecar.v1 import weight_sync_pb2 as pb
+
+DEFAULT_BUCKET_BYTES = 2 << 30
+MANIFEST_UNKNOWN = "MANIFEST_UNKNOWN"
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+
+
+class WeightSyncClient:
+    """One trainer rank's connection to the sidecar of one engine. Not for use by several threads at once.
+
+    Args:
+        target: where the sidecar listens: ``unix:/path.sock`` or ``host:port``.
+        rank: this process's TP rank, 0 .. tp_size - 1.
+        tp_size: the engine's tensor-parallel size, and the number of ranks that call.
+        bucket_bytes: the most memory that one bucket takes. A model that fits goes in one call and one POST; a
+            larger one goes bucket by bucket, two in flight. A single tensor above it gets a bucket of its own.
+        device: where buckets are staged; by default the current CUDA device for an engine on GPUs, else the host.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        rank: int,
+        tp_size: int,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not 0 <= rank < tp_size:
+            raise ValueError(f"rank {rank} is outside 0..{tp_size - 1}")
+        self.rank = rank
+        self.tp_size = tp_size
+        self.bucket_bytes = bucket_bytes
+        self._device = torch.device(device) if device is not None else None
+        self._stub = SidecarStub(target)
+        self._ledger = ExportLedger()
+        self._failures: dict[str, int] = {}
+        self._known: tuple[Plan, str] | None = None
+
+    def update_weights(
+        self,
+        named_tensors: NamedTensors,
+        *,
+        version: str,
+        update_id: str | None = None,
+        specs: Sequence[TensorSpec] | None = None,
+        pause_mode: str = "retract",
+        timeout: float = 600.0,
+    ) -> UpdateResult:
+        """Send one weight version, with every other rank; returns when the engine serves it.
+
+        Args:
+            named_tensors: (Hugging Face name, full tensor) pairs, the same names, dtypes and shapes on every rank.
+            version: what the engine reports as weight_version afterwards; new for every update.
+            update_id: names this update on every rank; by default made from the version and the failures so far.
+            specs: what ``named_tensors`` will yield, in order, for an iterator too large to be held: then one bucket
+                at a time is taken from it. Without it the pairs are listed first.
+            pause_mode: what happens to running requests: "retract", "in_place" or "abort".
+            timeout: seconds for the whole update. If ranks are missing by then, the error names them and the engine
+                goes on with its old weights.
+
+        Raises:
+            WeightSyncError: see ``adapter.errors`` for what each kind says about the engine.
+            ValueError: no tensor, an unknown dtype or pause mode, or pairs that do not match ``specs``.
+        """
+        if specs is None:
+            named_tensors = list(named_tensors)
+            specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named_tensors]
+        planned = plan(specs, self.bucket_bytes)
+        header = pb.UpdateHeader(
+            update_id=update_id or self._default_id(version),
+            weight_version=version,
+            rank=self.rank,
+            tp_size=self.tp_size,
+            pause_mode=wire.pause_mode(pause_mode),
+        )
+        try:
+            return self._send(header, planned, iter(named_tensors), timeout)
+        except UpdateFailed:
+            self._failures[version] = self._failures.get(version, 0) + 1
+            raise
+        finally:
+            self._ledger.settle()
+
+    def get_update(self, update_id: str) -> pb.UpdateOutcome:
+        """How an update went or goes, also one whose call did not get its answer."""
+        request = pb.GetUpdateRequest(update_id=update_id)
+        return self._stub.call(self._stub.rpc.GetUpdate, request, 10.0).outcome
+
+    def status(self) -> pb.GetStatusResponse:
+        """What the sidecar is doing, and for whom it waits."""
+        return self._stub.status()
+
+    def capabilities(self) -> pb.GetCapabilitiesResponse:
+        """What the sidecar and its engine can do."""
+        return self._stub.capabilities()
+
+    def wait_ready(self, timeout: float = 120.0) -> None:
+        """Until the sidecar answers and sees its engine; raises ``WeightSyncError`` with the reason why not."""
+        self._stub.wait_ready(timeout)
+
+    @property
+    def unreleased_bytes(self) -> int:
+        """Memory of this process that an engine may still be reading; 0 after every healthy update."""
+        return self._ledger.unreleased_bytes
+
+    def close(self) -> None:
+        """Close the connection, and wait a moment for memory that the engine still holds."""
+        self._ledger.settle()
+        self._stub.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # One update.
+
+    def _default_id(self, version: str) -> str:
+        """The same on every rank without communication: all of them saw the same failures of this version."""
+        failures = self._failures.get(version, 0)
+        return f"{version}.retry{failures}" if failures else version
+
+    def _send(
+        self, header: pb.UpdateHeader, planned: Plan, tensors: Iterator[tuple[str, torch.Tensor]], timeout: float
+    ) -> UpdateResult:
+        one_call = len(planned.buckets) == 1
+        self._stub.require(pb.FEATURE_ONE_CALL_UPDATE if one_call else pb.FEATURE_BUCKETED_UPDATE)
+        device = self._staging_device()
+        if one_call:
+            outcome = self._in_one_call(header, planned, tensors, device, timeout)
+        else:
+            outcome = BucketedSend(self._stub, self._ledger, header, device, timeout).run(planned, tensors)
+        self._known = (planned, outcome.manifest_digest)
+        return wire.result(outcome)
+
+    def _in_one_call(
+        self,
+        header: pb.UpdateHeader,
+        planned: Plan,
+        tensors: Iterator[tuple[str, torch.Tensor]],
+        device: torch.device,
+        timeout: float,
+    ) -> pb.UpdateOutcome:
+        export = stage(planned.buckets[0], tensors, device)
+        request = pb.UpdateWeightsRequest(update=header, manifest=self._reference(planned), handles=[export.handle()])
+        self._ledger.hold(export)
+        try:
+            return self._update_weights(request, planned, timeout)
+        except WeightSyncError as error:
+            self._ledger.failed(export, 0, error)
+            raise
+
+    def _update_weights(self, request: pb.UpdateWeightsRequest, planned: Plan, timeout: float) -> pb.UpdateOutcome:
+        """The call, again with the manifest in full if the sidecar has forgotten its digest."""
+        method = self._stub.rpc.UpdateWeights
+        try:
+            return self._stub.call(method, request, timeout).outcome
+        except UpdateRefused as refusal:
+            if refusal.reason != MANIFEST_UNKNOWN:
+                raise
+        request.manifest.CopyFrom(pb.ManifestReference(manifest=wire.manifest(planned)))
+        return self._stub.call(method, request, timeout).outcome
+
+    def _reference(self, planned: Plan) -> pb.ManifestReference:
+        """The digest of a manifest that the sidecar told us of, or the manifest in full."""
+        if self._known and self._known[0] == planned:
+            return pb.ManifestReference(digest=self._known[1])
+        return pb.ManifestReference(manifest=wire.manifest(planned))
+
+    def _staging_device(self) -> torch.device:
+        if self._device is not None:
+            return self._device
+        capabilities = self._stub.capabilities()
+        if not capabilities.HasField("engine"):
+            raise EngineUnreachable(f"the sidecar at {self._stub.target} has not seen its engine yet; is it up?")
+        if capabilities.engine.device == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")

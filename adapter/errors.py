@@ -1,0 +1,123 @@
+"""Every failure that a trainer can see, in one tree.
+
+    WeightSyncError
+      x LaunchError            a process that was started here did not come up, or died; carries the end of its log
+      x SidecarUnreachable     nobody answers at the target, or the sidecar is stopping
+      x IncompatibleSidecar    the sidecar is older than this adapter and cannot do what was asked
+      x EngineUnreachable      the sidecar is there, its SGLang server is not
+      x UpdateRefused          the request is wrong, or does not fit the engine; nothing was touched
+      x UpdateAborted          ranks disagreed, or one gave up; nothing was touched
+      x RanksMissing           a deadline passed while the sidecar waited for other ranks
+      x UpdateStillApplying    a deadline passed while the engine was loading; it goes on: ask ``get_update``
+      x UpdateFailed           broke off half-way: the engine is dirty until the next complete update
+
+Mapped from gRPC once, in ``from_rpc_error``.
+"""
+
+from collections.abc import Mapping
+from typing import cast
+
+import grpc
+from google.rpc.error_details_pb2 import ErrorInfo
+from grpc_status import rpc_status
+
+ERROR_DOMAIN = "sglang-weight-sync"
+
+
+class WeightSyncError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+    def __init__(self, message: str, *, reason: str = "", details: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        """The sidecar's stable name of it, such as "RANKS_MISSING"; empty if it did not come from the sidecar."""
+        self.details = dict(details or {})
+
+
+class LaunchError(WeightSyncError):
+    """A process that was started here did not come up, or died."""
+
+
+class SidecarUnreachable(WeightSyncError):
+    """Nobody answers at the target, or the sidecar is stopping."""
+
+
+class IncompatibleSidecar(WeightSyncError):
+    """The sidecar is older than this adapter and cannot do what was asked."""
+
+
+class EngineUnreachable(WeightSyncError):
+    """The sidecar is there, its SGLang server is not."""
+
+
+class UpdateRefused(WeightSyncError):
+    """The request is wrong, or does not fit the engine; nothing was touched."""
+
+
+class UpdateAborted(WeightSyncError):
+    """Ranks disagreed, or one gave up; nothing was touched."""
+
+
+class RanksMissing(WeightSyncError):
+    """A deadline passed while the sidecar waited for other ranks."""
+
+
+class UpdateStillApplying(WeightSyncError):
+    """A deadline passed while the engine was loading."""
+
+
+class UpdateFailed(WeightSyncError):
+    """Broke off half-way: the engine is dirty until the next complete update."""
+
+    @property
+    def num_posted(self) -> int:
+        """Buckets that the engine may have opened."""
+        return int(self.details.get("numPosted", "0"))
+
+
+_BY_REASON: dict[str, type[WeightSyncError]] = {
+    "RANKS_MISSING": RanksMissing,
+    "STILL_APPLYING": UpdateStillApplying,
+    "UPDATE_FAILED": UpdateFailed,
+    "ENGINE_UNREACHABLE": EngineUnreachable,
+    "DRAINING": SidecarUnreachable,
+    "UNKNOWN_FIELD": IncompatibleSidecar,
+}
+_BY_CODE: dict[grpc.StatusCode, type[WeightSyncError]] = {
+    grpc.StatusCode.UNAVAILABLE: SidecarUnreachable,
+    grpc.StatusCode.UNIMPLEMENTED: IncompatibleSidecar,
+    grpc.StatusCode.ABORTED: UpdateAborted,
+    grpc.StatusCode.INVALID_ARGUMENT: UpdateRefused,
+    grpc.StatusCode.ALREADY_EXISTS: UpdateRefused,
+    grpc.StatusCode.NOT_FOUND: UpdateRefused,
+    grpc.StatusCode.FAILED_PRECONDITION: UpdateRefused,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: UpdateRefused,
+}
+_SENTENCES = {
+    grpc.StatusCode.UNAVAILABLE: "the sidecar at {target} cannot be reached ({details}); is it running?",
+    grpc.StatusCode.UNIMPLEMENTED: "the sidecar at {target} is older than this adapter: {details}; upgrade it",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "the sidecar at {target} did not answer in time ({details})",
+}
+
+
+def from_rpc_error(error: grpc.RpcError, target: str) -> WeightSyncError:
+    """The typed error for a failed call to the sidecar at ``target``."""
+    call = cast("grpc.Call", error)  # every error of a call is one
+    code, info = call.code(), _error_info(call)
+    kind = _BY_REASON.get(info.reason) or _BY_CODE.get(code, WeightSyncError)
+    details = call.details() or code.name
+    if not info.reason:
+        details = _SENTENCES.get(code, "the sidecar at {target} failed: {details}").format(
+            target=target, details=details
+        )
+    return kind(details, reason=info.reason, details=dict(info.metadata))
+
+
+def _error_info(call: grpc.Call) -> ErrorInfo:
+    """The sidecar's own words about the error; empty if it did not come from the sidecar."""
+    status = rpc_status.from_call(call)
+    for detail in status.details if status else ():
+        info = ErrorInfo()
+        if detail.Is(ErrorInfo.DESCRIPTOR) and detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+            return info
+    return ErrorInfo()

@@ -1,0 +1,73 @@
+"""The adapter's types -> the protocol's, and back. No decision is taken here."""
+
+from dataclasses import dataclass
+
+from adapter.planner import Bucket, Placement, Plan
+from sidecar.v1 import weight_sync_pb2 as pb
+
+_PHASE_PREFIX = "PHASE_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """How an update went."""
+
+    update_id: str
+    weight_version: str
+    """What the engine's answers carry from now on."""
+    num_posts: int
+    """POSTs to the engine's /update_weights_from_tensor: one per bucket, whatever the number of ranks."""
+    cache_flushed: bool
+    """Whether the prefix cache was emptied. If not, later answers may rest on KV of the old weights."""
+    phases: dict[str, float]
+    """Seconds by phase: collect, pause, begin, load, end, flush, publish, resume."""
+
+
+def manifest(plan: Plan) -> pb.Manifest:
+    """The plan as every rank sends it."""
+    return pb.Manifest(buckets=[_bucket(bucket) for bucket in plan.buckets])
+
+
+def _bucket(bucket: Bucket) -> pb.BucketSpec:
+    return pb.BucketSpec(size_bytes=bucket.num_bytes, tensors=[_tensor(place) for place in bucket.placements])
+
+
+def _tensor(place: Placement) -> pb.TensorSpec:
+    spec = place.spec
+    return pb.TensorSpec(
+        name=spec.name,
+        dtype=data_type(str(spec.dtype)),
+        shape=spec.shape,
+        byte_offset=place.byte_offset,
+        size_bytes=spec.num_bytes,
+    )
+
+
+def data_type(dtype: str) -> pb.DataType.ValueType:
+    """Torch's name of a dtype ("torch.bfloat16") -> the protocol's; raises ``ValueError`` if it has none."""
+    name = "DATA_TYPE_" + dtype.removeprefix("torch.").upper()
+    if name not in pb.DataType.keys():  # noqa: SIM118 - an enum wrapper, not a dict
+        raise ValueError(f"dtype {dtype} cannot be sent; cast the tensor first")
+    return pb.DataType.Value(name)
+
+
+def pause_mode(name: str) -> pb.PauseMode.ValueType:
+    """SGLang's name of a pause mode ("retract", "in_place", "abort") -> the protocol's."""
+    known = [key.removeprefix("PAUSE_MODE_").lower() for key in pb.PauseMode.keys()[1:]]
+    if name not in known:
+        raise ValueError(f"pause_mode {name!r} is none of {', '.join(known)}")
+    return pb.PauseMode.Value(f"PAUSE_MODE_{name.upper()}")
+
+
+def result(outcome: pb.UpdateOutcome) -> UpdateResult:
+    """A committed update's outcome."""
+    return UpdateResult(
+        update_id=outcome.update_id,
+        weight_version=outcome.weight_version,
+        num_posts=outcome.num_posted,
+        cache_flushed=outcome.cache_flushed,
+        phases={
+            pb.Phase.Name(phase.phase).removeprefix(_PHASE_PREFIX).lower(): phase.duration.ToMicroseconds() / 1e6
+            for phase in outcome.phases
+        },
+    )

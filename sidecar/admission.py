@@ -1,0 +1,52 @@
+"""What is checked of a rank's memory before its update may count it as delivered.
+
+Invariant: nothing that fails here reaches the engine, because a wrong handle kills its scheduler.
+"""
+
+from collections.abc import Mapping
+
+from sidecar import memory as memories
+from sidecar.engine.info import EngineInfo
+from sidecar.errors import InvalidRequest, Reason, UnsuitableEngine
+from sidecar.manifest import Manifest
+from sidecar.memory import CudaIpcMemory, Memory
+from sidecar.update import Delivery
+
+
+def check_every_bucket_has_memory(handles: Mapping[int, Memory], manifest: Manifest, rank: int) -> None:
+    """A one-call update brings exactly one handle per bucket."""
+    if len(handles) != len(manifest.buckets):
+        message = f"rank {rank}: {len(handles)} memory handles for {len(manifest.buckets)} buckets; send one per bucket"
+        raise InvalidRequest(Reason.INVALID_HANDLE, message, rank=rank)
+
+
+def check_handles(handles: Mapping[int, Memory], manifest: Manifest, rank: int, engine: EngineInfo) -> None:
+    """Every handle is well formed, large enough, and of a kind that the engine can open."""
+    for bucket, memory in handles.items():
+        where = f"rank {rank}, bucket {bucket}"
+        _check_kind(memory, engine, where)
+        memories.check(memory, manifest.buckets[bucket].size_bytes, where)
+
+
+def check_own_gpu(handles: Mapping[int, Memory], rank: int, others: Mapping[int, Delivery]) -> None:
+    """No two ranks send from one GPU: each engine TP rank reads memory of the GPU that it runs on."""
+    mine = _gpus(handles)
+    for other, delivery in others.items():
+        shared = mine & _gpus(delivery.handles)
+        if other != rank and shared:
+            gpu = sorted(shared)[0]
+            message = f"ranks {other} and {rank} both send from GPU {gpu}; rank r must send from the GPU of the "
+            message += "engine's TP rank r"
+            raise InvalidRequest(Reason.INVALID_HANDLE, message, ranks=f"{other},{rank}", gpu=gpu)
+
+
+def _gpus(handles: Mapping[int, Memory]) -> set[str]:
+    return {memory.device_uuid for memory in handles.values() if isinstance(memory, CudaIpcMemory)}
+
+
+def _check_kind(memory: Memory, engine: EngineInfo, where: str) -> None:
+    """A CUDA handle is fatal to a server on the CPU; host memory is not what a GPU's loaders expect."""
+    kind, device = ("CUDA IPC", "cuda") if isinstance(memory, CudaIpcMemory) else ("host shared memory", "cpu")
+    if engine.device != device:
+        message = f"{where}: {kind} cannot be loaded by an engine on {engine.device}; send memory of that device"
+        raise UnsuitableEngine(Reason.MEMORY_KIND_MISMATCH, message, where=where, device=engine.device)

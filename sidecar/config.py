@@ -1,0 +1,119 @@
+"""Settings of ``serve``, checked before anything is bound or opened.
+
+Invariant: a ``ServeConfig`` that exists is one that can be tried. ``ValueError`` says what is wrong with a setting.
+"""
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+# Linux: sun_path has 108 bytes, the last of them 0.
+MAX_SOCKET_PATH = 107
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """One deadline per phase, in seconds. A client's own deadline shortens the wait for ranks, never the applying."""
+
+    collect: float = 300.0
+    """From the first rank's arrival to the last one's."""
+    pause: float = 60.0
+    """SGLang's abort mode waits for requests to end."""
+    session: float = 60.0
+    """begin_weight_update and end_weight_update, each."""
+    bucket: float = 300.0
+    """For the ranks to deliver the next bucket, while generation is paused."""
+    load: float = 600.0
+    """One POST of one bucket."""
+    flush: float = 10.0
+    """Including repeated tries."""
+    publish: float = 30.0
+    resume: float = 30.0
+    probe: float = 5.0
+    """One look at whether the engine is there."""
+
+    @property
+    def total(self) -> float:
+        """How long a call without a deadline may wait."""
+        return float(sum(getattr(self, name) for name in self.__dataclass_fields__))
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"timeout {name} must be more than 0 s")
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A socket file."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """A host and port; port 0 lets the system choose."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+Address = UnixAddress | TcpAddress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Everything ``serve`` needs."""
+
+    engine_url: str
+    listen: Address
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    drain_s: float = 30.0
+    """At SIGTERM, how long the update in hand may take to end."""
+    metrics_port: int | None = None
+    """Prometheus text over plain HTTP on this loopback port."""
+    max_message_bytes: int = 64 << 20
+    """Room for a manifest of about half a million tensors."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.engine_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"--engine-url {self.engine_url!r} is not of the form http://host:port")
+
+
+def parse_address(text: str) -> Address:
+    """``unix:/path.sock`` or ``host:port`` -> an address. Only loopback hosts: nothing guards a TCP port yet."""
+    if text.startswith("unix:"):
+        return UnixAddress(_checked_socket_path(text.removeprefix("unix:")))
+    host, separator, port = text.rpartition(":")
+    host = host.strip("[]")
+    if not separator or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{text!r} is neither unix:/path.sock nor host:port")
+    if not _is_loopback(host):
+        raise ValueError(f"{text!r} is not a loopback address, and the sidecar has no TLS: use unix:/path.sock")
+    return TcpAddress(host, int(port))
+
+
+def _checked_socket_path(path: str) -> Path:
+    if not path.startswith("/"):
+        raise ValueError(f"unix:{path} must be an absolute path, such as unix:/run/weight-sync/sidecar.sock")
+    if len(path.encode()) > MAX_SOCKET_PATH:
+        raise ValueError(f"unix:{path} is longer than the {MAX_SOCKET_PATH} bytes that Linux allows")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"unix:{path}: the folder does not exist; make it, for this user alone")
+    return Path(path)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,147 @@
+"""Protocol messages <-> the domain's types, and nothing else.
+
+Invariant: what comes out is typed but not yet checked; what this protocol version does not know is refused here by
+name instead of being dropped, so that a newer adapter is told what an older sidecar cannot do.
+"""
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from sidecar import __version__
+from sidecar.engine.info import EngineInfo
+from sidecar.errors import InvalidRequest, Reason
+from sidecar.manifest import BucketSpec, Manifest, TensorSpec
+from sidecar.memory import CudaIpcMemory, Memory, SharedMemory
+from sidecar.update import Header, PauseMode, Update
+from sidecar.v1 import weight_sync_pb2 as pb
+
+_PAUSE_MODES = {
+    pb.PAUSE_MODE_UNSPECIFIED: PauseMode.RETRACT,
+    pb.PAUSE_MODE_RETRACT: PauseMode.RETRACT,
+    pb.PAUSE_MODE_IN_PLACE: PauseMode.IN_PLACE,
+    pb.PAUSE_MODE_ABORT: PauseMode.ABORT,
+}
+_DTYPE_PREFIX = "DATA_TYPE_"
+
+
+def refuse_unknown_fields(request: Message) -> None:
+    """Raise ``InvalidRequest`` if the request holds a field that this sidecar's protocol does not have."""
+    known = type(request)()
+    known.CopyFrom(request)
+    known.DiscardUnknownFields()
+    if known.ByteSize() == request.ByteSize():
+        return
+    where, number = next(_unknown_fields(request))
+    message = f"field {number} of {where} is unknown to this sidecar ({__version__}): the adapter is newer; upgrade "
+    message += "the sidecar, or ask only for the features that GetCapabilities lists"
+    raise InvalidRequest(Reason.UNKNOWN_FIELD, message, field=number, of=where, sidecarVersion=__version__)
+
+
+def _unknown_fields(message: Message) -> Iterator[tuple[str, int]]:
+    for field in UnknownFieldSet(message):  # type: ignore[attr-defined]
+        yield message.DESCRIPTOR.name, field.field_number
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None:
+            for child in value if descriptor.is_repeated else (value,):
+                yield from _unknown_fields(child)
+
+
+def header(message: pb.UpdateHeader) -> Header:
+    """The header, with the default pause mode filled in."""
+    mode = _PAUSE_MODES.get(message.pause_mode)
+    if mode is None:
+        problem = f"rank {message.rank}: pause mode {message.pause_mode} is unknown to this sidecar ({__version__})"
+        raise InvalidRequest(Reason.INVALID_HEADER, problem, rank=message.rank, field="pause_mode")
+    return Header(
+        update_id=message.update_id,
+        weight_version=message.weight_version,
+        rank=message.rank,
+        tp_size=message.tp_size,
+        pause_mode=mode,
+    )
+
+
+def manifest(message: pb.Manifest) -> Manifest:
+    """The manifest as sent."""
+    return Manifest(tuple(_bucket(bucket) for bucket in message.buckets))
+
+
+def _bucket(message: pb.BucketSpec) -> BucketSpec:
+    return BucketSpec(message.size_bytes, tuple(_tensor(tensor) for tensor in message.tensors))
+
+
+def _tensor(message: pb.TensorSpec) -> TensorSpec:
+    return TensorSpec(
+        message.name, dtype_name(message.dtype), tuple(message.shape), message.byte_offset, message.size_bytes
+    )
+
+
+def dtype_name(value: pb.DataType.ValueType) -> str:
+    """Torch's name of an element type; a number that this protocol does not have stays a number."""
+    try:
+        return pb.DataType.Name(value).removeprefix(_DTYPE_PREFIX).lower()
+    except ValueError:
+        return f"number {value}"
+
+
+def memory(message: pb.MemoryHandle, rank: int, bucket: int) -> Memory:
+    """One handle; raises ``InvalidRequest`` if it is of no kind that this protocol has."""
+    match message.WhichOneof("kind"):
+        case "cuda_ipc":
+            return _cuda_ipc(message.cuda_ipc)
+        case "shared_memory":
+            shared = message.shared_memory
+            return SharedMemory(shared.manager_path, shared.name, shared.size_bytes)
+        case _:
+            problem = (
+                f"rank {rank}, bucket {bucket}: the memory handle is of no kind that this sidecar ({__version__}) "
+            )
+            problem += "knows; it knows cuda_ipc and shared_memory"
+            raise InvalidRequest(Reason.INVALID_HANDLE, problem, rank=rank, bucket=bucket)
+
+
+def _cuda_ipc(message: pb.CudaIpcHandle) -> CudaIpcMemory:
+    return CudaIpcMemory(
+        device_uuid=message.device_uuid.removeprefix("GPU-"),
+        memory_handle=message.memory_handle,
+        size_bytes=message.storage_size_bytes,
+        storage_offset_bytes=message.storage_offset_bytes,
+        ref_counter_handle=message.ref_counter_handle,
+        ref_counter_offset=message.ref_counter_offset,
+        event_handle=message.event_handle,
+        event_sync_required=message.event_sync_required,
+    )
+
+
+def outcome(update: Update) -> pb.UpdateOutcome:
+    """Everything there is to say about one update."""
+    message = pb.UpdateOutcome(
+        update_id=update.id,
+        weight_version=update.header.weight_version,
+        state=pb.UpdateState.ValueType(update.state),
+        manifest_digest=update.digest,
+        num_buckets=update.num_buckets,
+        num_posted=update.num_posted,
+        waiting_for_ranks=update.missing(),
+        cache_flushed=update.cache_flushed,
+        error=update.error.message if update.error else "",
+        error_reason=update.error.reason if update.error else "",
+    )
+    for phase, seconds in update.phase_seconds.items():
+        message.phases.add(phase=pb.Phase.ValueType(phase), duration=timedelta(seconds=seconds))
+    return message
+
+
+def engine_info(info: EngineInfo) -> pb.EngineInfo:
+    """The engine, for capabilities and status."""
+    return pb.EngineInfo(
+        version=info.version,
+        tp_size=info.tp_size,
+        device=info.device,
+        dialect=info.dialect.name,
+        uses_sessions=info.dialect.uses_sessions,
+        unsupported_reason=info.unsupported,
+    )

@@ -1,0 +1,1 @@
+"""The only code that knows SGLang's HTTP: its routes by release, its answers, and how it is watched."""

@@ -1,0 +1,90 @@
+"""What an SGLang server says about itself, and what follows from its release.
+
+Pure. Invariant: an ``EngineInfo`` without ``unsupported`` is a server whose update protocol the sidecar knows.
+Source of the rules: SGLang's released wheels 0.5.15.post1 to 0.5.23 (docs/engine.md).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+OLDEST_SUPPORTED = Version("0.5.15.post1")
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What one range of SGLang releases needs around an update."""
+
+    name: str
+    """Its first release."""
+    uses_sessions: bool
+    """begin_weight_update .. end_weight_update around loading."""
+    has_selector: bool
+    """Bodies name the model runners (target, draft) by ``selector``."""
+
+
+# Newest first: a release follows the first whose name it is not older than.
+DIALECTS = (
+    Dialect("0.5.21", uses_sessions=True, has_selector=True),
+    Dialect("0.5.15.post1", uses_sessions=False, has_selector=False),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """One SGLang server, as ``/server_info`` described it."""
+
+    version: str
+    tp_size: int
+    device: str
+    """"cuda" or "cpu"."""
+    dialect: Dialect
+    unsupported: str = ""
+    """Why it cannot be updated at all; empty if it can."""
+
+
+def parse(server_info: Mapping[str, Any]) -> EngineInfo:
+    """From the JSON of ``/server_info``. Never keeps it: it holds the server's API keys in clear."""
+    version = str(server_info.get("version", ""))
+    dialect, unsupported = _dialect(version)
+    return EngineInfo(
+        version=version,
+        tp_size=_number(server_info, "tp_size"),
+        device=str(server_info.get("device") or "cuda"),
+        dialect=dialect,
+        unsupported=unsupported or _unsupported_layout(server_info),
+    )
+
+
+def _dialect(version: str) -> tuple[Dialect, str]:
+    """The rules for a release, and why it is too old or unreadable if it is."""
+    try:
+        release = Version(version)
+    except InvalidVersion:
+        return DIALECTS[0], f"it calls itself SGLang {version[:64]!r}, which is no version"
+    # A pre-release or a build from source follows the rules of the release that it leads to.
+    release = Version(release.base_version) if release.is_prerelease else release
+    for dialect in DIALECTS:
+        if release >= Version(dialect.name):
+            return dialect, ""
+    return DIALECTS[-1], f"SGLang {version} is older than {OLDEST_SUPPORTED}; upgrade the engine"
+
+
+def _unsupported_layout(server_info: Mapping[str, Any]) -> str:
+    """What this server was started with that makes a tensor update impossible, if anything."""
+    if _number(server_info, "pp_size") > 1:
+        return "pipeline parallelism (pp_size > 1): every stage would open the same memory handle"
+    if _number(server_info, "dp_size") > 1 and not server_info.get("enable_dp_attention"):
+        return "data-parallel replicas (dp_size > 1): give each replica its own server and sidecar"
+    if server_info.get("weight_cache_mode") not in (None, "off"):
+        return "--weight-cache-mode is on: SGLang dies on an update; start it with off"
+    if server_info.get("frontend") not in (None, "python"):
+        return f"frontend {server_info['frontend']!r} has no weight-update routes; start it without SGLANG_RUST_SERVER"
+    return ""
+
+
+def _number(server_info: Mapping[str, Any], name: str) -> int:
+    value = server_info.get(name)
+    return value if isinstance(value, int) else 1

@@ -1,0 +1,139 @@
+"""Every failure that a caller of the sidecar can see, in one tree.
+
+    SyncError
+      + InvalidRequest        INVALID_ARGUMENT     the request itself is wrong; nothing was touched
+      + RankAlreadyDelivered  ALREADY_EXISTS       this rank, or this update id, came before with other content
+      + NotKnown              NOT_FOUND            no such update or manifest digest
+      + UpdateConflict        ABORTED              ranks disagree, or another update is in hand
+      + UnsuitableEngine      FAILED_PRECONDITION  the engine cannot take this update
+      + LimitExceeded         RESOURCE_EXHAUSTED   too large
+      + Draining              UNAVAILABLE          the sidecar is stopping
+      + DeadlinePassed        DEADLINE_EXCEEDED    names the phase and the ranks or bucket waited for
+      + UpdateFailed          INTERNAL             broke off after the engine was touched: it is dirty
+      + EngineError
+          x EngineUnreachable UNAVAILABLE          the request never reached the engine
+          x EngineRefused     FAILED_PRECONDITION  the engine answered no
+          x EngineLost        INTERNAL             sent, and no answer came: its fate is unknown
+
+Mapped to gRPC once, in ``interceptors``; engine failures are mapped in once, in ``engine.http``. ``reason`` is
+stable (ErrorInfo.reason); ``details`` repeats every value that the message names (ErrorInfo.metadata).
+"""
+
+from enum import StrEnum
+from typing import ClassVar
+
+import grpc
+
+
+class Reason(StrEnum):
+    """Stable names of what went wrong, for programs."""
+
+    UNKNOWN_FIELD = "UNKNOWN_FIELD"
+    INVALID_HEADER = "INVALID_HEADER"
+    RANK_OUT_OF_RANGE = "RANK_OUT_OF_RANGE"
+    EMPTY_UPDATE = "EMPTY_UPDATE"
+    INVALID_TENSOR = "INVALID_TENSOR"
+    INVALID_HANDLE = "INVALID_HANDLE"
+    RANK_DELIVERED_TWICE = "RANK_DELIVERED_TWICE"
+    UPDATE_ID_REUSED = "UPDATE_ID_REUSED"
+    UPDATE_UNKNOWN = "UPDATE_UNKNOWN"
+    MANIFEST_UNKNOWN = "MANIFEST_UNKNOWN"
+    RANKS_DIFFER = "RANKS_DIFFER"
+    UPDATE_IN_PROGRESS = "UPDATE_IN_PROGRESS"
+    UPDATE_ABORTED = "UPDATE_ABORTED"
+    TP_SIZE_MISMATCH = "TP_SIZE_MISMATCH"
+    ENGINE_UNSUPPORTED = "ENGINE_UNSUPPORTED"
+    MEMORY_KIND_MISMATCH = "MEMORY_KIND_MISMATCH"
+    NOT_ABORTABLE = "NOT_ABORTABLE"
+    TOO_LARGE = "TOO_LARGE"
+    DRAINING = "DRAINING"
+    RANKS_MISSING = "RANKS_MISSING"
+    STILL_APPLYING = "STILL_APPLYING"
+    UPDATE_FAILED = "UPDATE_FAILED"
+    ENGINE_UNREACHABLE = "ENGINE_UNREACHABLE"
+    ENGINE_REFUSED = "ENGINE_REFUSED"
+    ENGINE_LOST = "ENGINE_LOST"
+
+
+class SyncError(Exception):
+    """One clear sentence that says what, where and what to do."""
+
+    status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+    def __init__(self, reason: Reason, message: str, **details: object) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.details = {name: str(value) for name, value in details.items()}
+
+
+class InvalidRequest(SyncError):
+    """The request itself is wrong: repeating it will not help."""
+
+    status = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class RankAlreadyDelivered(SyncError):
+    """This rank, or this update id, came before with other content."""
+
+    status = grpc.StatusCode.ALREADY_EXISTS
+
+
+class NotKnown(SyncError):
+    """No such update or manifest digest."""
+
+    status = grpc.StatusCode.NOT_FOUND
+
+
+class UpdateConflict(SyncError):
+    """Ranks disagree, or another update is in hand: start over with a new update."""
+
+    status = grpc.StatusCode.ABORTED
+
+
+class UnsuitableEngine(SyncError):
+    """The engine cannot take this update until something about it is changed."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class LimitExceeded(SyncError):
+    """Larger than this sidecar accepts."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Draining(SyncError):
+    """The sidecar is stopping."""
+
+    status = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlinePassed(SyncError):
+    """A wait ended; the message names the phase and whom it waited for."""
+
+    status = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class UpdateFailed(SyncError):
+    """The update broke off after the engine was touched: the engine is dirty until the next complete update."""
+
+
+class EngineError(SyncError):
+    """A call to the engine did not succeed."""
+
+
+class EngineUnreachable(EngineError):
+    """The request never reached the engine."""
+
+    status = grpc.StatusCode.UNAVAILABLE
+
+
+class EngineRefused(EngineError):
+    """The engine answered no."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class EngineLost(EngineError):
+    """The request was sent and no answer came: whether it was carried out is unknown."""

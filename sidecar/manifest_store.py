@@ -1,0 +1,56 @@
+"""The manifests seen last, checked, with what is derived from one once: so that a digest can stand for it.
+
+Invariant: what is in here passed ``manifest.check``.
+"""
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from sidecar import manifest as manifests
+from sidecar.errors import NotKnown, Reason
+from sidecar.manifest import Manifest
+from sidecar.payload import BucketPayload
+
+KEPT_MANIFESTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class KnownManifest:
+    """A checked manifest and its buckets' payloads, complete but for the memory handles."""
+
+    manifest: Manifest
+    digest: str
+    payloads: tuple[BucketPayload, ...]
+
+
+class ManifestStore:
+    """The last few manifests, by digest."""
+
+    def __init__(self, kept: int = KEPT_MANIFESTS) -> None:
+        self._known: OrderedDict[str, KnownManifest] = OrderedDict()
+        self._kept = kept
+
+    async def add(self, manifest: Manifest, rank: int) -> KnownManifest:
+        """Check a manifest that ``rank`` sent in full and keep it; raises ``InvalidRequest``."""
+        digest = await asyncio.to_thread(_checked_digest, manifest, rank)
+        if digest not in self._known:
+            payloads = await asyncio.to_thread(lambda: tuple(map(BucketPayload, manifest.buckets)))
+            self._known.setdefault(digest, KnownManifest(manifest, digest, payloads))
+            while len(self._known) > self._kept:
+                self._known.popitem(last=False)
+        return self.get(digest)
+
+    def get(self, digest: str) -> KnownManifest:
+        """A manifest by its digest; raises ``NotKnown``."""
+        known = self._known.get(digest)
+        if known is None:
+            message = f"no manifest with digest {digest[:64]!r} is known here; send the manifest in full"
+            raise NotKnown(Reason.MANIFEST_UNKNOWN, message, digest=digest[:64])
+        self._known.move_to_end(digest)
+        return known
+
+
+def _checked_digest(manifest: Manifest, rank: int) -> str:
+    manifests.check(manifest, rank)
+    return manifest.digest()

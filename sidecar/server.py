@@ -1,0 +1,117 @@
+"""The life of the process: startup, serving, drain.
+
+    startup -> serving until SIGTERM or SIGINT -> drain -> exit 0
+    drain: NOT_SERVING, no new update -> the update in hand ends (at most drain_s) -> stop gRPC -> close HTTP
+    a second signal ends the drain at once
+
+Invariant: the port is served within the process's first moments, whether the engine is up or not.
+"""
+
+import asyncio
+import logging
+import signal
+from contextlib import suppress
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sidecar.config import Address, ServeConfig
+from sidecar.coordinator import Coordinator
+from sidecar.engine.sglang import SGLangEngine
+from sidecar.engine.watch import EngineWatch
+from sidecar.health import Health
+from sidecar.interceptors import ErrorInterceptor
+from sidecar.listening import listen
+from sidecar.manifest_store import ManifestStore
+from sidecar.metrics import Metrics
+from sidecar.servicer import SERVICE_NAME, WeightSyncServicer
+from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+STOP_GRACE_S = 2.0
+
+
+class SidecarServer:
+    """One sidecar; ``run`` is its whole life."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._engine = SGLangEngine(config.engine_url, config.timeouts)
+        self._metrics = Metrics()
+        self._coordinator = Coordinator(self._engine, config.timeouts, self._changed, self._metrics.ended)
+        self._watch = EngineWatch(self._engine, config.timeouts, self._changed)
+        self._health = Health()
+        self._state_changed = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._server = self._make_server()
+
+    async def run(self) -> None:
+        """Serve until told to stop; raises ``AddressInUseError`` if it cannot begin."""
+        await self._startup()
+        async with asyncio.TaskGroup() as background:
+            tasks = [background.create_task(self._watch.run()), background.create_task(self._publish_readiness())]
+            await self._stop.wait()
+            await self._drain()
+            for task in tasks:
+                task.cancel()
+
+    def stop(self) -> None:
+        """Begin to drain; a second call ends the drain at once."""
+        if self._stop.is_set():
+            self._engine.close()
+            raise SystemExit(1)
+        self._stop.set()
+
+    async def _startup(self) -> None:
+        address: Address = listen(self._server, self._config.listen)
+        await self._health.set_ready(False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        if self._config.metrics_port is not None:
+            self._metrics.serve(self._config.metrics_port)
+        await self._server.start()
+        logger.info("serving on %s beside the engine at %s", address, self._config.engine_url)
+
+    async def _drain(self) -> None:
+        logger.info("stopping: no new update; %.0f s for the one in hand", self._config.drain_s)
+        await self._health.drain()
+        if not await self._coordinator.drain(self._config.drain_s):
+            logger.error("stopping in the middle of an update: the engine is left paused, with mixed weights")
+        await self._server.stop(STOP_GRACE_S)
+        self._watch.close()
+        self._engine.close()
+
+    async def _publish_readiness(self) -> None:
+        while True:
+            await self._health.set_ready(self._coordinator.ready)
+            self._metrics.set_ready(self._coordinator.ready)
+            await self._state_changed.wait()
+            self._state_changed.clear()
+
+    def _changed(self) -> None:
+        self._state_changed.set()
+
+    def _make_server(self) -> grpc.aio.Server:
+        options = [
+            ("grpc.so_reuseport", 0),  # a second sidecar on the port must fail, not share it
+            ("grpc.max_receive_message_length", self._config.max_message_bytes),
+        ]
+        server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
+        servicer = WeightSyncServicer(self._coordinator, ManifestStore(), self._config.timeouts)
+        pb_grpc.add_WeightSyncServiceServicer_to_server(servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection([SERVICE_NAME, health_name, reflection.SERVICE_NAME], server)
+        return server
+
+
+def serve(config: ServeConfig) -> None:
+    """Run one sidecar in this thread until a signal ends it."""
+
+    async def life() -> None:
+        await SidecarServer(config).run()
+
+    with suppress(asyncio.CancelledError):
+        asyncio.run(life())

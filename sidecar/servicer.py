@@ -1,0 +1,102 @@
+"""gRPC in, coordinator, gRPC out. Thin: no decision is taken here; errors are mapped by the interceptor."""
+
+import grpc
+
+from sidecar import __version__, convert
+from sidecar.config import Timeouts
+from sidecar.coordinator import Coordinator
+from sidecar.errors import InvalidRequest, Reason
+from sidecar.manifest_store import KnownManifest, ManifestStore
+from sidecar.v1 import weight_sync_pb2 as pb
+from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["WeightSyncService"].full_name
+
+# Answer this share of the caller's deadline early (and at most so many seconds), so that the answer arrives.
+EARLY_SHARE, EARLY_MAX_S = 0.1, 1.0
+
+FEATURES = [value for value in pb.Feature.values() if value != pb.FEATURE_UNSPECIFIED]
+DTYPES = [value for value in pb.DataType.values() if value != pb.DATA_TYPE_UNSPECIFIED]
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
+    """``sidecar.v1.WeightSyncService``; see the proto for each call."""
+
+    def __init__(self, coordinator: Coordinator, manifests: ManifestStore, timeouts: Timeouts) -> None:
+        self._coordinator = coordinator
+        self._manifests = manifests
+        self._longest_s = timeouts.total
+
+    async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Context) -> pb.GetCapabilitiesResponse:
+        engine = self._coordinator.engine
+        return pb.GetCapabilitiesResponse(
+            sidecar_version=__version__,
+            features=FEATURES,
+            dtypes=DTYPES,
+            engine=convert.engine_info(engine) if engine else None,
+        )
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
+        now = self._coordinator
+        return pb.GetStatusResponse(
+            state=pb.SidecarState.ValueType(now.state),
+            reason=now.reason,
+            weight_version=now.weight_version,
+            current_update=convert.outcome(now.current) if now.current else None,
+            last_update=convert.outcome(now.last) if now.last else None,
+            engine=convert.engine_info(now.engine) if now.engine else None,
+        )
+
+    async def UpdateWeights(self, request: pb.UpdateWeightsRequest, context: Context) -> pb.UpdateWeightsResponse:
+        convert.refuse_unknown_fields(request)
+        header = convert.header(request.update)
+        handles = {i: convert.memory(handle, header.rank, i) for i, handle in enumerate(request.handles)}
+        known = await self._manifest(request.manifest, header.rank)
+        update = await self._coordinator.update_weights(header, known, handles, self._budget(context))
+        return pb.UpdateWeightsResponse(outcome=convert.outcome(update))
+
+    async def BeginUpdate(self, request: pb.BeginUpdateRequest, context: Context) -> pb.BeginUpdateResponse:
+        convert.refuse_unknown_fields(request)
+        header = convert.header(request.update)
+        known = await self._manifest(request.manifest, header.rank)
+        await self._coordinator.begin(header, known)
+        return pb.BeginUpdateResponse(manifest_digest=known.digest)
+
+    async def PushBucket(self, request: pb.PushBucketRequest, context: Context) -> pb.PushBucketResponse:
+        convert.refuse_unknown_fields(request)
+        memory = convert.memory(request.handle, request.rank, request.bucket)
+        budget = self._budget(context)
+        await self._coordinator.push(request.update_id, request.rank, request.bucket, memory, budget)
+        return pb.PushBucketResponse()
+
+    async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateResponse:
+        convert.refuse_unknown_fields(request)
+        update = await self._coordinator.commit(request.update_id, request.rank, self._budget(context))
+        return pb.CommitUpdateResponse(outcome=convert.outcome(update))
+
+    async def AbortUpdate(self, request: pb.AbortUpdateRequest, context: Context) -> pb.AbortUpdateResponse:
+        convert.refuse_unknown_fields(request)
+        update = await self._coordinator.abort(request.update_id, request.rank, request.reason)
+        return pb.AbortUpdateResponse(outcome=convert.outcome(update))
+
+    async def GetUpdate(self, request: pb.GetUpdateRequest, context: Context) -> pb.GetUpdateResponse:
+        return pb.GetUpdateResponse(outcome=convert.outcome(self._coordinator.find(request.update_id)))
+
+    async def _manifest(self, reference: pb.ManifestReference, rank: int) -> KnownManifest:
+        match reference.WhichOneof("reference"):
+            case "manifest":
+                return await self._manifests.add(convert.manifest(reference.manifest), rank)
+            case "digest":
+                return self._manifests.get(reference.digest)
+            case _:
+                message = f"rank {rank}: the update has no manifest; send it, or the digest of one sent before"
+                raise InvalidRequest(Reason.EMPTY_UPDATE, message, rank=rank)
+
+    def _budget(self, context: Context) -> float:
+        """Seconds that this call may wait: a little less than its caller does."""
+        remaining: float | None = context.time_remaining()  # None without a deadline, whatever the stubs say
+        if remaining is None:
+            return self._longest_s
+        return max(0.0, remaining - min(EARLY_MAX_S, EARLY_SHARE * remaining))

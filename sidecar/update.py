@@ -1,0 +1,209 @@
+"""One update as a state machine: pure, without waiting, time or I/O; the coordinator is its only writer.
+
+                 every rank joined with one manifest
+                 and delivered its first bucket             published
+    COLLECTING ------------------------------> APPLYING ----------------> COMMITTED
+        |                                        |   |
+        | a deadline, a difference, an abort     |   | broke off with the engine restored
+        +----------------> ABORTED <-------------+---+
+                                                 |
+                                                 +--- broke off after the engine was touched ---> FAILED (dirty)
+
+Invariants: the engine is untouched in COLLECTING and ABORTED; ``num_posted`` counts buckets whose POST was begun,
+so the memory of any bucket at or above it was never seen by the engine; nothing leaves an ended state.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+
+from sidecar.errors import InvalidRequest, RankAlreadyDelivered, Reason, SyncError, UnsuitableEngine, UpdateConflict
+from sidecar.manifest import Manifest, first_difference
+from sidecar.memory import Memory
+
+MAX_TEXT = 128
+
+
+class UpdateState(IntEnum):
+    """How far an update got; the numbers are the protocol's."""
+
+    COLLECTING = 1
+    APPLYING = 2
+    COMMITTED = 3
+    ABORTED = 4
+    FAILED = 5
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more happens to the update."""
+        return self >= UpdateState.COMMITTED
+
+
+class Phase(IntEnum):
+    """The steps of an update in their order; the numbers are the protocol's."""
+
+    COLLECT = 1
+    PAUSE = 2
+    BEGIN = 3
+    LOAD = 4
+    END = 5
+    FLUSH = 6
+    PUBLISH = 7
+    RESUME = 8
+
+
+class PauseMode(StrEnum):
+    """What happens to running requests; the names are SGLang's."""
+
+    RETRACT = "retract"
+    IN_PLACE = "in_place"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """Which update a call belongs to; all but ``rank`` is the same on every rank."""
+
+    update_id: str
+    weight_version: str
+    rank: int
+    tp_size: int
+    pause_mode: PauseMode = PauseMode.RETRACT
+
+    def check(self, engine_tp_size: int) -> None:
+        """Raise if this cannot be an update of an engine with ``engine_tp_size`` TP ranks."""
+        for name, value in (("update_id", self.update_id), ("weight_version", self.weight_version)):
+            if not 0 < len(value) <= MAX_TEXT or not value.isprintable():
+                message = (
+                    f"rank {self.rank}: {name} must be 1 to {MAX_TEXT} printable characters, not {value[:MAX_TEXT]!r}"
+                )
+                raise InvalidRequest(Reason.INVALID_HEADER, message, rank=self.rank, field=name)
+        if self.tp_size != engine_tp_size:
+            message = f"rank {self.rank}: the trainer sends from {self.tp_size} ranks, but the engine has tp_size "
+            message += f"{engine_tp_size}; start one sender per engine TP rank"
+            raise UnsuitableEngine(
+                Reason.TP_SIZE_MISMATCH, message, rank=self.rank, tpSize=self.tp_size, engineTpSize=engine_tp_size
+            )
+        if not 0 <= self.rank < self.tp_size:
+            message = f"rank {self.rank} is outside 0..{self.tp_size - 1}; number the ranks as the engine does"
+            raise InvalidRequest(Reason.RANK_OUT_OF_RANGE, message, rank=self.rank, tpSize=self.tp_size)
+
+
+@dataclass(slots=True)
+class Delivery:
+    """What one rank has handed over so far."""
+
+    handles: dict[int, Memory] = field(default_factory=dict)
+    """By bucket."""
+    committed: bool = False
+    """Whether the rank said that this is all."""
+
+
+@dataclass(slots=True)
+class Update:
+    """One weight version on its way into the engine."""
+
+    header: Header
+    """The first rank's."""
+    manifest: Manifest
+    digest: str
+    started: float = 0.0
+    """On the coordinator's clock."""
+    state: UpdateState = UpdateState.COLLECTING
+    deliveries: dict[int, Delivery] = field(default_factory=dict)
+    """By rank, for ranks that joined."""
+    num_posted: int = 0
+    num_loaded: int = 0
+    cache_flushed: bool = False
+    phase: Phase = Phase.COLLECT
+    phase_seconds: dict[Phase, float] = field(default_factory=dict)
+    error: SyncError | None = None
+    abort_request: SyncError | None = None
+    """Why a rank wants it given up while it is being applied."""
+
+    @property
+    def id(self) -> str:
+        """Its name, the same on all ranks."""
+        return self.header.update_id
+
+    @property
+    def num_buckets(self) -> int:
+        """How many POSTs it takes."""
+        return len(self.manifest.buckets)
+
+    def check_same(self, header: Header, manifest: Manifest, digest: str) -> None:
+        """Raise ``UpdateConflict`` if another rank's call does not describe this same update."""
+        first, rank = self.header, header.rank
+        for name in ("weight_version", "pause_mode"):
+            mine, theirs = getattr(first, name), getattr(header, name)
+            if mine != theirs:
+                raise self._ranks_differ(rank, f"{name} {mine!r} against {theirs!r}")
+        if digest != self.digest:
+            raise self._ranks_differ(rank, first_difference(self.manifest, manifest))
+
+    def _ranks_differ(self, rank: int, difference: str) -> UpdateConflict:
+        message = f"update {self.id!r}: ranks {self.header.rank} and {rank} differ: {difference}; "
+        message += "every rank must send the same; the engine was not touched"
+        return UpdateConflict(Reason.RANKS_DIFFER, message, updateId=self.id, ranks=f"{self.header.rank},{rank}")
+
+    def join(self, rank: int) -> Delivery:
+        """Take ``rank`` in; a repeated join changes nothing."""
+        return self.deliveries.setdefault(rank, Delivery())
+
+    def deliver(self, rank: int, bucket: int, memory: Memory) -> None:
+        """Take one rank's memory for one bucket; the same memory again changes nothing, other memory is refused."""
+        handles = self.deliveries[rank].handles
+        if handles.setdefault(bucket, memory) != memory:
+            message = f"rank {rank} has already delivered bucket {bucket} of update {self.id!r}, from other memory; "
+            message += "are two trainers running with the same rank?"
+            raise RankAlreadyDelivered(Reason.RANK_DELIVERED_TWICE, message, rank=rank, bucket=bucket, updateId=self.id)
+
+    def withdraw(self, rank: int, bucket: int) -> None:
+        """Forget a handle whose owner has gone; only for a bucket that was not posted."""
+        assert bucket >= self.num_posted, "a posted bucket cannot be taken back"
+        self.deliveries[rank].handles.pop(bucket, None)
+
+    def waiting_for(self, bucket: int) -> list[int]:
+        """Ranks that have not delivered ``bucket``, in order."""
+        return [rank for rank in range(self.header.tp_size) if bucket not in self._handles(rank)]
+
+    def uncommitted(self) -> list[int]:
+        """Ranks that have not said that they are done, in order."""
+        return [rank for rank in range(self.header.tp_size) if not self._committed(rank)]
+
+    def missing(self) -> list[int]:
+        """Ranks that the update waits for right now, whatever for."""
+        if self.state.ended:
+            return []
+        if self.num_posted < self.num_buckets:
+            return self.waiting_for(self.num_posted)
+        return self.uncommitted()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more is needed from any rank."""
+        return not self.uncommitted() and not any(self.waiting_for(b) for b in range(self.num_buckets))
+
+    def memories(self, bucket: int) -> list[Memory]:
+        """The handles of one bucket in rank order; every rank must have delivered it."""
+        return [self.deliveries[rank].handles[bucket] for rank in range(self.header.tp_size)]
+
+    def start_applying(self) -> None:
+        """COLLECTING -> APPLYING: from here on only the applier decides."""
+        assert self.state is UpdateState.COLLECTING
+        assert not self.waiting_for(0)
+        self.state = UpdateState.APPLYING
+
+    def end(self, state: UpdateState, error: SyncError | None = None) -> None:
+        """Into COMMITTED (without error), ABORTED or FAILED (with the reason)."""
+        assert not self.state.ended
+        assert state.ended
+        assert (error is None) == (state is UpdateState.COMMITTED)
+        self.state, self.error = state, error
+
+    def _handles(self, rank: int) -> dict[int, Memory]:
+        delivery = self.deliveries.get(rank)
+        return delivery.handles if delivery else {}
+
+    def _committed(self, rank: int) -> bool:
+        delivery = self.deliveries.get(rank)
+        return delivery.committed if delivery else False
