@@ -6,7 +6,6 @@ Invariant: nothing that fails here reaches the engine, because a wrong handle ki
 from collections.abc import Mapping
 
 from sidecar import memory as memories
-from sidecar.engine.info import EngineInfo
 from sidecar.errors import InvalidRequest, Reason, UnsuitableEngine
 from sidecar.manifest import Manifest
 from sidecar.memory import CudaIpcMemory, Memory
@@ -20,11 +19,11 @@ def check_every_bucket_has_memory(handles: Mapping[int, Memory], manifest: Manif
         raise InvalidRequest(Reason.INVALID_HANDLE, message, rank=rank)
 
 
-def check_handles(handles: Mapping[int, Memory], manifest: Manifest, rank: int, engine: EngineInfo) -> None:
+def check_handles(handles: Mapping[int, Memory], manifest: Manifest, rank: int, device: str) -> None:
     """Every handle is well formed, large enough, and of a kind that the engine can open."""
     for bucket, memory in handles.items():
         where = f"rank {rank}, bucket {bucket}"
-        _check_kind(memory, engine, where)
+        _check_kind(memory, device, where)
         memories.check(memory, manifest.buckets[bucket].size_bytes, where)
 
 
@@ -44,9 +43,9 @@ def _gpus(handles: Mapping[int, Memory]) -> set[str]:
     return {memory.device_uuid for memory in handles.values() if isinstance(memory, CudaIpcMemory)}
 
 
-def _check_kind(memory: Memory, engine: EngineInfo, where: str) -> None:
+def _check_kind(memory: Memory, device: str, where: str) -> None:
     """A CUDA handle is fatal to a server on the CPU; host memory is not what a GPU's loaders expect."""
-    kind, device = ("CUDA IPC", "cuda") if isinstance(memory, CudaIpcMemory) else ("host shared memory", "cpu")
-    if engine.device != device:
-        message = f"{where}: {kind} cannot be loaded by an engine on {engine.device}; send memory of that device"
-        raise UnsuitableEngine(Reason.MEMORY_KIND_MISMATCH, message, where=where, device=engine.device)
+    kind, needed = ("CUDA IPC", "cuda") if isinstance(memory, CudaIpcMemory) else ("host shared memory", "cpu")
+    if device != needed:
+        message = f"{where}: {kind} cannot be loaded by an engine on {device}; send memory of that device"
+        raise UnsuitableEngine(Reason.MEMORY_KIND_MISMATCH, message, where=where, device=device)

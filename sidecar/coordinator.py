@@ -11,35 +11,26 @@ The only writer of updates. Lives on one event loop, so nothing here is locked. 
 import asyncio
 import logging
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Protocol
 
-from sidecar import admission
+from sidecar import admission, refusals
 from sidecar.applier import Applier, Engine
 from sidecar.config import Timeouts
 from sidecar.engine.info import EngineInfo
-from sidecar.errors import (
-    DeadlinePassed,
-    Draining,
-    InvalidRequest,
-    NotKnown,
-    RankAlreadyDelivered,
-    Reason,
-    SyncError,
-    UnsuitableEngine,
-    UpdateConflict,
-    UpdateFailed,
-)
+from sidecar.errors import SyncError, UpdateConflict
+from sidecar.history import UpdateHistory
 from sidecar.manifest_store import KnownManifest
 from sidecar.memory import Memory
 from sidecar.update import Header, Phase, Update, UpdateState
 
 logger = logging.getLogger(__name__)
 
-KEPT_UPDATES = 64
+BREAK_OFF_S = 5.0
+"""At the end of a drain, for an update that cannot complete to be broken off in order."""
 
 
 class SidecarState(IntEnum):
@@ -87,7 +78,7 @@ class Coordinator:
         self._on_change = on_change
         self._on_ended = on_ended
         self._applier = Applier(engine, self._wait_for_bucket, self.changed)
-        self._updates: OrderedDict[str, Update] = OrderedDict()
+        self._updates = UpdateHistory()
         self._current: Update | None = None
         self._manifest: KnownManifest | None = None
         self._callers: Counter[tuple[str, int, int]] = Counter()
@@ -145,15 +136,11 @@ class Coordinator:
     @property
     def last(self) -> Update | None:
         """The newest update that ended."""
-        return next((update for update in reversed(self._updates.values()) if update.state.ended), None)
+        return self._updates.last_ended
 
     def find(self, update_id: str) -> Update:
         """One of the last updates by id; raises ``NotKnown``."""
-        found = self._updates.get(update_id)
-        if found is None:
-            message = f"update {update_id!r} is not among the last {KEPT_UPDATES}; was the sidecar restarted since?"
-            raise NotKnown(Reason.UPDATE_UNKNOWN, message, updateId=update_id)
-        return found
+        return self._updates.find(update_id)
 
     # What a rank does.
 
@@ -183,10 +170,9 @@ class Coordinator:
         """One rank's memory for one bucket; returns when the engine has loaded it."""
         update = self._joined(update_id, rank)
         if not 0 <= bucket < update.num_buckets:
-            message = f"rank {rank}: bucket {bucket} is outside 0..{update.num_buckets - 1} of update {update_id!r}"
-            raise InvalidRequest(Reason.INVALID_HANDLE, message, rank=rank, bucket=bucket)
+            raise refusals.no_such_bucket(update, rank, bucket)
         if not update.state.ended:
-            self._admit(update, rank, {bucket: memory}, await self._engine_info())
+            self._admit(update, rank, {bucket: memory})
             update.deliver(rank, bucket, memory)
             self._delivered(update)
         await self._until_loaded(update, rank, bucket, budget_s)
@@ -196,8 +182,7 @@ class Coordinator:
         update = self._joined(update_id, rank)
         unpushed = [bucket for bucket in range(update.num_buckets) if rank in update.waiting_for(bucket)]
         if unpushed and not update.state.ended:
-            message = f"rank {rank} commits update {update_id!r} without having pushed buckets {unpushed}"
-            raise InvalidRequest(Reason.EMPTY_UPDATE, message, rank=rank, updateId=update_id)
+            raise refusals.unpushed_buckets(update, rank, unpushed)
         update.deliveries[rank].committed = True
         self.changed()
         return await self._until_ended(update, rank, budget_s)
@@ -205,14 +190,12 @@ class Coordinator:
     async def abort(self, update_id: str, rank: int, why: str) -> Update:
         """One rank gives the update up for all; raises if nothing can stop it any more."""
         update = self._joined(update_id, rank)
-        message = f"rank {rank} aborted update {update_id!r}: {why or 'no reason given'}"
-        error = UpdateConflict(Reason.UPDATE_ABORTED, message, rank=rank, updateId=update_id)
+        error = refusals.aborted_by(update, rank, why)
         if update.state is UpdateState.COLLECTING:
             self._give_up(update, error)
+        elif update.complete:
+            raise refusals.not_abortable(update)
         elif update.state is UpdateState.APPLYING:
-            if update.complete:
-                message = f"update {update_id!r} is complete and being applied; ask for its outcome instead"
-                raise UnsuitableEngine(Reason.NOT_ABORTABLE, message, updateId=update_id)
             update.abort_request = error
             self.changed()
             await self._until(lambda: update.state.ended)
@@ -222,14 +205,17 @@ class Coordinator:
         """Take nothing new, give up what is only being collected, and let an update that is applied end."""
         self._draining = True
         if self._current and self._current.state is UpdateState.COLLECTING:
-            self._give_up(
-                self._current, Draining(Reason.DRAINING, "the sidecar is stopping; the engine was not touched")
-            )
+            self._give_up(self._current, refusals.draining())
         self.changed()
-        if self._applying is None:
+        update, applying = self._current, self._applying
+        if update is None or applying is None:
             return True
-        done, _ = await asyncio.wait([self._applying], timeout=seconds)
-        return bool(done)
+        done, _ = await asyncio.wait([applying], timeout=seconds)
+        if not done:
+            update.abort_request = refusals.draining()
+            self.changed()
+            await asyncio.wait([applying], timeout=BREAK_OFF_S)
+        return update.state is UpdateState.COMMITTED
 
     # Joining an update.
 
@@ -237,8 +223,8 @@ class Coordinator:
         """Check everything that can be checked, and only then take the rank into its update."""
         info = await self._engine_info()
         header.check(info.tp_size)
-        admission.check_handles(handles, known.manifest, header.rank, info)
-        update = self._find_or_start(header, known)
+        admission.check_handles(handles, known.manifest, header.rank, info.device)
+        update = self._find_or_start(header, known, info.device)
         self._agree(update, header, known)
         if not update.state.ended:
             admission.check_own_gpu(handles, header.rank, update.deliveries)
@@ -248,40 +234,27 @@ class Coordinator:
 
     async def _engine_info(self) -> EngineInfo:
         if self._draining:
-            raise Draining(Reason.DRAINING, "the sidecar is stopping and takes no new update; try its successor")
+            raise refusals.draining()
         info = self._engine.info or await self._engine.probe()
         if info.unsupported:
-            message = f"the engine at {self._engine.url} cannot be updated: {info.unsupported}"
-            raise UnsuitableEngine(Reason.ENGINE_UNSUPPORTED, message, engineUrl=self._engine.url)
+            raise refusals.unsupported_engine(self._engine.url, info.unsupported)
         return info
 
-    def _find_or_start(self, header: Header, known: KnownManifest) -> Update:
+    def _find_or_start(self, header: Header, known: KnownManifest, device: str) -> Update:
         existing = self._updates.get(header.update_id)
         if existing and existing.state is not UpdateState.ABORTED:
             return existing
         if self._current:
-            raise self._in_progress(self._current, header)
-        update = Update(header=header, manifest=known.manifest, digest=known.digest, started=time.monotonic())
+            raise refusals.in_progress(self._current, header)
+        update = Update(header, known.manifest, known.digest, device, started=time.monotonic())
         self._start(update, known)
         return update
 
     def _start(self, update: Update, known: KnownManifest) -> None:
         self._current, self._manifest = update, known
-        self._updates.pop(update.id, None)
-        self._updates[update.id] = update
-        while len(self._updates) > KEPT_UPDATES:
-            self._updates.popitem(last=False)
+        self._updates.add(update)
         timer = asyncio.get_running_loop().call_later
         self._collect_timer = timer(self._timeouts.collect, self._collect_deadline, update, self._timeouts.collect)
-
-    def _in_progress(self, current: Update, header: Header) -> UpdateConflict:
-        message = f"rank {header.rank} sends update {header.update_id!r}, but update {current.id!r} is "
-        message += (
-            f"{current.state.name.lower()} and waits for ranks {current.missing()}; every rank must send the same"
-        )
-        return UpdateConflict(
-            Reason.UPDATE_IN_PROGRESS, message, rank=header.rank, updateId=header.update_id, current=current.id
-        )
 
     def _agree(self, update: Update, header: Header, known: KnownManifest) -> None:
         """Ranks must send the same: a difference while collecting gives the update up for all of them."""
@@ -289,8 +262,7 @@ class Coordinator:
             update.check_same(header, known.manifest, known.digest)
         except UpdateConflict as difference:
             if update.state.ended:
-                message = f"update id {update.id!r} was used before with other content; choose a new one"
-                raise RankAlreadyDelivered(Reason.UPDATE_ID_REUSED, message, updateId=update.id) from difference
+                raise refusals.id_reused(update, header.rank) from difference
             if update.state is UpdateState.COLLECTING:
                 self._give_up(update, difference)
             raise
@@ -300,20 +272,17 @@ class Coordinator:
         """Only the very call that was made before gets its answer again: other memory means other weights."""
         before = update.deliveries.get(rank)
         if before is None or before.handles != handles:
-            message = f"update id {update.id!r} has ended ({update.state.name.lower()}) and these weights, from rank "
-            message += f"{rank}, were not loaded; choose a new update id (and version)"
-            raise RankAlreadyDelivered(Reason.UPDATE_ID_REUSED, message, updateId=update.id, rank=rank)
+            raise refusals.id_reused(update, rank)
 
     def _joined(self, update_id: str, rank: int) -> Update:
         update = self.find(update_id)
         if rank not in update.deliveries:
-            message = f"rank {rank} has not begun update {update_id!r}; call BeginUpdate first"
-            raise InvalidRequest(Reason.RANK_OUT_OF_RANGE, message, rank=rank, updateId=update_id)
+            raise refusals.not_begun(update_id, rank)
         return update
 
     @staticmethod
-    def _admit(update: Update, rank: int, handles: Mapping[int, Memory], info: EngineInfo) -> None:
-        admission.check_handles(handles, update.manifest, rank, info)
+    def _admit(update: Update, rank: int, handles: Mapping[int, Memory]) -> None:
+        admission.check_handles(handles, update.manifest, rank, update.device)
         admission.check_own_gpu(handles, rank, update.deliveries)
 
     # From collecting to an end.
@@ -333,8 +302,7 @@ class Coordinator:
             await self._applier.apply(update, self._manifest.payloads)
         except Exception as bug:  # the edge of a task that nobody awaits: it must not vanish
             logger.exception("update %s: a defect in the sidecar", update.id)
-            message = f"update {update.id!r} broke off by a defect in the sidecar ({type(bug).__name__}); see its log"
-            update.end(UpdateState.FAILED, UpdateFailed(Reason.UPDATE_FAILED, message, updateId=update.id))
+            update.end(UpdateState.FAILED, refusals.defect(update, bug))
         self._ended(update)
 
     def _give_up(self, update: Update, error: SyncError) -> None:
@@ -406,7 +374,7 @@ class Coordinator:
                 await self._until(lambda: update.abort_request is not None or not missing())
         except TimeoutError:
             what = "to commit" if bucket == update.num_buckets else f"to deliver bucket {bucket}"
-            raise self._missing(update, missing(), what, seconds) from None
+            raise refusals.missing(update, missing(), what, seconds) from None
         if update.abort_request:
             raise update.abort_request
 
@@ -415,22 +383,12 @@ class Coordinator:
         if update.state is UpdateState.COLLECTING:
             self._collect_deadline(update, seconds)
         elif update.state is UpdateState.APPLYING:
-            message = f"update {update.id!r} is still being applied (phase {update.phase.name.lower()}, bucket "
-            message += f"{update.num_loaded} of {update.num_buckets}); it goes on: ask for its outcome with GetUpdate"
-            raise DeadlinePassed(Reason.STILL_APPLYING, message, updateId=update.id, phase=update.phase.name)
+            raise refusals.still_applying(update)
 
     def _collect_deadline(self, update: Update, seconds: float) -> None:
         if update.state is UpdateState.COLLECTING:
             what = "to arrive" if update.num_buckets == 1 else "to arrive with their first bucket"
-            self._give_up(update, self._missing(update, update.missing(), what, seconds))
-
-    @staticmethod
-    def _missing(update: Update, ranks: list[int], what: str, seconds: float) -> DeadlinePassed:
-        names = ", ".join(map(str, ranks))
-        message = f"update {update.id!r}: waited {seconds:.1f} s for rank{'s' if len(ranks) > 1 else ''} {names} {what}"
-        if update.num_posted == 0:
-            message += "; the engine was not touched and serves the old weights"
-        return DeadlinePassed(Reason.RANKS_MISSING, message, updateId=update.id, ranks=names)
+            self._give_up(update, refusals.missing(update, update.missing(), what, seconds))
 
     @contextmanager
     def _calling(self, update: Update, rank: int, bucket: int | None) -> Iterator[None]:
@@ -450,8 +408,6 @@ class Coordinator:
 
     def _caller_gone(self, update: Update, rank: int, bucket: int | None) -> None:
         if update.state is UpdateState.COLLECTING:
-            message = f"update {update.id!r}: rank {rank} cancelled its call, or died, before all ranks had delivered; "
-            message += "the engine was not touched"
-            self._give_up(update, UpdateConflict(Reason.UPDATE_ABORTED, message, updateId=update.id, rank=rank))
+            self._give_up(update, refusals.caller_gone(update, rank))
         elif bucket is not None and update.state is UpdateState.APPLYING and bucket >= update.num_posted:
             update.withdraw(rank, bucket)

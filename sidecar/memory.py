@@ -8,10 +8,11 @@ Facts borrowed: torch's CUDA IPC handle is 64 bytes, or since 2.5 a version byte
 /dev/shm that begins with a header of 64 bytes (seen with torch 2.13 and 2.14).
 """
 
-import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from stat import S_ISREG
 
 from sidecar.errors import InvalidRequest, Reason
 
@@ -21,6 +22,7 @@ EVENT_HANDLE_BYTES = 64
 CUDA_HANDLE_BYTES = 64
 CUDA_MALLOC, CUDA_EXPANDABLE_SEGMENT = ord("c"), ord("e")
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+GPU_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ def _check_cuda(memory: CudaIpcMemory, where: str) -> None:
         raise _invalid(where, f"ref_counter_handle {memory.ref_counter_handle[:64]!r} names no shared-memory file")
     if memory.storage_offset_bytes < 0 or memory.ref_counter_offset < 0:
         raise _invalid(where, "storage_offset_bytes and ref_counter_offset must not be negative")
+    if not GPU_UUID.fullmatch(memory.device_uuid):
+        raise _invalid(where, f"device_uuid {memory.device_uuid[:64]!r} is not a GPU's UUID")
     here = visible_gpu_uuids()
     if here and memory.device_uuid not in here:
         raise _invalid(where, f"GPU {memory.device_uuid!r} is not on this host; it has {', '.join(sorted(here))}")
@@ -91,19 +95,26 @@ def _is_cuda_handle(handle: bytes) -> bool:
 
 def _check_shared(memory: SharedMemory, where: str) -> None:
     """Opening a missing file or manager raises in the engine, so look first."""
-    if not memory.name.startswith("/") or "/" in memory.name[1:] or not memory.name[1:].strip("."):
+    if not _is_shared_memory_name(memory.name):
         raise _invalid(where, f"shared memory name {memory.name[:64]!r} is not of the form /name")
     file = SHM_DIRECTORY / memory.name[1:]
     try:
-        length = file.stat().st_size
+        status = file.stat()
     except OSError as error:
         problem = f"cannot see shared memory {memory.name} ({error.strerror}); trainer and engine must share /dev/shm"
         raise _invalid(where, problem) from error
-    if length < memory.size_bytes + SHM_HEADER_BYTES:
+    if not S_ISREG(status.st_mode):
+        raise _invalid(where, f"shared memory {memory.name} is no file")
+    if status.st_size < memory.size_bytes + SHM_HEADER_BYTES:
+        length = status.st_size
         raise _invalid(where, f"shared memory {memory.name} has {length} bytes, too few for {memory.size_bytes}")
-    if not os.path.exists(memory.manager_path):
+    if not Path(memory.manager_path).is_socket():
         problem = f"cannot see torch_shm_manager's socket {memory.manager_path[:128]!r}"
         raise _invalid(where, f"{problem}; trainer and engine must share the temporary directory")
+
+
+def _is_shared_memory_name(name: str) -> bool:
+    return name.startswith("/") and "/" not in name[1:] and name[1:].strip(".") != "" and name.isprintable()
 
 
 @cache

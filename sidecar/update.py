@@ -106,6 +106,8 @@ class Update:
     """The first rank's."""
     manifest: Manifest
     digest: str
+    device: str = "cpu"
+    """The engine's, when the update began: the kind of memory that every rank must send."""
     started: float = 0.0
     """On the coordinator's clock."""
     state: UpdateState = UpdateState.COLLECTING

@@ -1,0 +1,82 @@
+# Everything a person or CI runs. Each target makes what it needs: on a fresh machine with Python 3.11 or later,
+# `make demo` and `make test` are all there is to type.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO := proto/sidecar/v1/weight_sync.proto
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+# Old SGLang releases that the end-to-end tests talk to. They run on the newest one's packages, so each is only a
+# folder for PYTHONPATH; 0.5.15.post1 also needs the transformers of its time.
+ENGINES := 0.5.20 0.5.15.post1
+EXTRAS_0.5.15.post1 := transformers==5.12.1 tokenizers==0.22.2
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install engines fmt lint types proto proto-check proto-baseline demo test test-fast test-gpu check clean
+
+help:  ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed  ## make .venv with this package, SGLang and all tools (about 5 minutes and 11 GB, once)
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[trainer,engine,dev]'
+	touch $@
+
+engines: $(ENGINES:%=.engines/%/.installed)  ## fetch the older SGLang releases for the end-to-end tests
+
+.engines/%/.installed: | $(VENV)/.installed
+	rm -rf .engines/$* .engines/$*.partial
+	$(BIN)/python -m pip install --quiet --no-deps --target .engines/$*.partial sglang==$* $(EXTRAS_$*)
+	touch .engines/$*.partial/.installed
+	mv .engines/$*.partial .engines/$*
+
+fmt: install  ## format and repair what can be repaired
+	ruff format .
+	ruff check --fix .
+	buf format --write
+
+lint: install  ## format, style, import directions, protobuf style
+	ruff format --check .
+	ruff check .
+	lint-imports
+	buf format --diff --exit-code
+	buf lint
+
+types: install  ## mypy, strict
+	mypy
+
+proto: install  ## regenerate sidecar/v1 from proto/
+	python -m grpc_tools.protoc -Iproto --python_out=. --mypy_out=. --grpc_python_out=. --mypy_grpc_out=. $(PROTO)
+
+proto-check: install  ## generated code is current, and the contract keeps its promises
+	pytest --quiet tests/unit/test_generated_code.py tests/unit/test_contract_is_kept.py
+
+proto-baseline: install  ## freeze the contract as of this version: once per release
+	buf build --exclude-source-info --output proto/baseline/v$(VERSION).binpb
+
+demo: install  ## a real server, the sidecar and two trainer processes, on the CPU or on GPUs
+	sglang-weight-sync demo
+
+test: install engines  ## every test that needs no GPU, with real servers on the CPU
+	pytest tests -m "not gpu"
+
+test-fast: install  ## without the real servers
+	pytest tests -m "not gpu and not e2e" --ignore=tests/e2e
+
+test-gpu: install  ## on a machine with CUDA devices
+	pytest tests/gpu -m gpu
+
+check: lint types proto-check test  ## what CI runs
+
+clean:  ## remove caches and build outputs; keeps .venv and .engines
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .demo dist
+	find sidecar adapter tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

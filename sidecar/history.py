@@ -1,0 +1,42 @@
+"""The updates seen last, by id, so that their outcome can be asked for after their callers have gone.
+
+Invariant: an id names at most one update here: the newest attempt.
+"""
+
+from collections import OrderedDict
+
+from sidecar import refusals
+from sidecar.update import Update
+
+KEPT_UPDATES = 64
+
+
+class UpdateHistory:
+    """The last few updates."""
+
+    def __init__(self, kept: int = KEPT_UPDATES) -> None:
+        self._updates: OrderedDict[str, Update] = OrderedDict()
+        self._kept = kept
+
+    def add(self, update: Update) -> None:
+        """Remember a new update, in place of an earlier attempt with its id."""
+        self._updates.pop(update.id, None)
+        self._updates[update.id] = update
+        while len(self._updates) > self._kept:
+            self._updates.popitem(last=False)
+
+    def get(self, update_id: str) -> Update | None:
+        """The update of that id, if it is remembered."""
+        return self._updates.get(update_id)
+
+    def find(self, update_id: str) -> Update:
+        """The update of that id; raises ``NotKnown``."""
+        found = self._updates.get(update_id)
+        if found is None:
+            raise refusals.unknown_update(update_id, self._kept)
+        return found
+
+    @property
+    def last_ended(self) -> Update | None:
+        """The newest update to which nothing more happens."""
+        return next((update for update in reversed(self._updates.values()) if update.state.ended), None)

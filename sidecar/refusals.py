@@ -1,0 +1,111 @@
+"""The coordinator's refusals in words: one function per sentence, so that the state machine reads as one.
+
+Invariant: each names the update, and the ranks, bucket or phase that it is about, and says whether the engine was
+touched.
+"""
+
+from sidecar.errors import (
+    DeadlinePassed,
+    Draining,
+    InvalidRequest,
+    NotKnown,
+    RankAlreadyDelivered,
+    Reason,
+    UnsuitableEngine,
+    UpdateConflict,
+    UpdateFailed,
+)
+from sidecar.update import Header, Update
+
+UNTOUCHED = "the engine was not touched and serves the old weights"
+
+
+def unknown_update(update_id: str, kept: int) -> NotKnown:
+    """No such id."""
+    message = f"update {update_id!r} is not among the last {kept}; was the sidecar restarted since?"
+    return NotKnown(Reason.UPDATE_UNKNOWN, message, updateId=update_id)
+
+
+def not_begun(update_id: str, rank: int) -> InvalidRequest:
+    """A push or commit without BeginUpdate."""
+    message = f"rank {rank} has not begun update {update_id!r}; call BeginUpdate first"
+    return InvalidRequest(Reason.RANK_OUT_OF_RANGE, message, rank=rank, updateId=update_id)
+
+
+def no_such_bucket(update: Update, rank: int, bucket: int) -> InvalidRequest:
+    """A bucket that the manifest does not have."""
+    message = f"rank {rank}: bucket {bucket} is outside 0..{update.num_buckets - 1} of update {update.id!r}"
+    return InvalidRequest(Reason.INVALID_HANDLE, message, rank=rank, bucket=bucket, updateId=update.id)
+
+
+def unpushed_buckets(update: Update, rank: int, buckets: list[int]) -> InvalidRequest:
+    """A commit that came too early."""
+    message = f"rank {rank} commits update {update.id!r} without having pushed buckets {buckets}"
+    return InvalidRequest(Reason.EMPTY_UPDATE, message, rank=rank, updateId=update.id)
+
+
+def not_abortable(update: Update) -> UnsuitableEngine:
+    """Nothing is missing any more."""
+    message = f"update {update.id!r} is complete, so nothing stops it any more; ask for its outcome instead"
+    return UnsuitableEngine(Reason.NOT_ABORTABLE, message, updateId=update.id)
+
+
+def aborted_by(update: Update, rank: int, why: str) -> UpdateConflict:
+    """A rank's own wish."""
+    message = f"rank {rank} aborted update {update.id!r}: {why or 'no reason given'}"
+    return UpdateConflict(Reason.UPDATE_ABORTED, message, rank=rank, updateId=update.id)
+
+
+def caller_gone(update: Update, rank: int) -> UpdateConflict:
+    """A rank's call ended before its memory was used."""
+    message = f"update {update.id!r}: rank {rank} cancelled its call, or died, before all ranks had delivered; "
+    return UpdateConflict(Reason.UPDATE_ABORTED, message + UNTOUCHED, updateId=update.id, rank=rank)
+
+
+def draining() -> Draining:
+    """The sidecar is on its way out."""
+    return Draining(Reason.DRAINING, "the sidecar is stopping and takes no new update; try its successor")
+
+
+def unsupported_engine(url: str, why: str) -> UnsuitableEngine:
+    """A server whose update protocol is unknown, or that was started without what an update needs."""
+    message = f"the engine at {url} cannot be updated: {why}"
+    return UnsuitableEngine(Reason.ENGINE_UNSUPPORTED, message, engineUrl=url)
+
+
+def in_progress(current: Update, header: Header) -> UpdateConflict:
+    """Another update is in hand."""
+    message = f"rank {header.rank} sends update {header.update_id!r}, but update {current.id!r} is "
+    message += f"{current.state.name.lower()} and waits for ranks {current.missing()}; every rank must send the same"
+    return UpdateConflict(
+        Reason.UPDATE_IN_PROGRESS, message, rank=header.rank, updateId=header.update_id, current=current.id
+    )
+
+
+def id_reused(update: Update, rank: int) -> RankAlreadyDelivered:
+    """An id that belongs to an update that has ended."""
+    message = f"update id {update.id!r} has ended ({update.state.name.lower()}) and these weights, from rank {rank}, "
+    message += "were not loaded; choose a new update id (and version)"
+    return RankAlreadyDelivered(Reason.UPDATE_ID_REUSED, message, updateId=update.id, rank=rank)
+
+
+def missing(update: Update, ranks: list[int], what: str, seconds: float) -> DeadlinePassed:
+    """A wait for ranks that ended."""
+    names = ", ".join(map(str, ranks))
+    message = f"update {update.id!r}: waited {seconds:.1f} s for rank{'s' if len(ranks) > 1 else ''} {names} {what}"
+    if update.num_posted == 0:
+        message += f"; {UNTOUCHED}"
+    return DeadlinePassed(Reason.RANKS_MISSING, message, updateId=update.id, ranks=names)
+
+
+def still_applying(update: Update) -> DeadlinePassed:
+    """A caller's deadline that does not stop the update."""
+    message = f"update {update.id!r} is still being applied (phase {update.phase.name.lower()}, bucket "
+    message += f"{update.num_loaded} of {update.num_buckets}); it goes on: ask for its outcome with GetUpdate"
+    return DeadlinePassed(Reason.STILL_APPLYING, message, updateId=update.id, phase=update.phase.name)
+
+
+def defect(update: Update, bug: Exception) -> UpdateFailed:
+    """Our own mistake, without its text."""
+    message = f"update {update.id!r} broke off by a defect in the sidecar ({type(bug).__name__}); see its log"
+    return UpdateFailed(Reason.UPDATE_FAILED, message, updateId=update.id, numPosted=update.num_posted)

@@ -1,0 +1,1 @@
+"""Tests, by how much of the real thing takes part."""

@@ -1,0 +1,103 @@
+"""How SGLang's HTTP server differs by release, as far as updating weights goes.
+
+Each fact was read in the released wheels, and all but the fatal ones are held against real servers by
+``tests/conformance``.
+"""
+
+from dataclasses import dataclass
+
+from packaging.version import Version
+
+RELEASES = ("0.5.15.post1", "0.5.20", "0.5.21", "0.5.23")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDialect:
+    """One release's ways."""
+
+    release: str
+
+    @property
+    def has_sessions(self) -> bool:
+        """begin_weight_update and end_weight_update exist, and loading must happen between them."""
+        return self._since("0.5.21")
+
+    @property
+    def unknown_group_is_fatal(self) -> bool:
+        """/update_weights_from_distributed with a group that was never made kills the server."""
+        return not self._since("0.5.21")
+
+    @property
+    def refused_flush_is_fatal(self) -> bool:
+        """An update with flush_cache: true whose flush is refused kills the server, instead of a 400."""
+        return not self._since("0.5.22")
+
+    @property
+    def waiting_blocks_flush(self) -> bool:
+        """Requests that wait count as busy even while generation is paused."""
+        return not self._since("0.5.21")
+
+    @property
+    def has_ready(self) -> bool:
+        """GET /ready."""
+        return self._since("0.5.20")
+
+    @property
+    def has_version_spans(self) -> bool:
+        """meta_info.weight_versions tells which tokens were made by which version."""
+        return self._since("0.5.19")
+
+    @property
+    def checksums_on_cpu(self) -> bool:
+        """/weights_checker works without a GPU; older ones call torch.cuda.synchronize."""
+        return self._since("0.5.23")
+
+    @property
+    def has_engine_checksum(self) -> bool:
+        """/weights_checker sums all ranks up."""
+        return self._since("0.5.13")
+
+    def model_info(self) -> dict[str, object]:
+        """Fields of /model_info that exist in this release, with a small Qwen3's values."""
+        info: dict[str, object] = {
+            "model_path": "/models/tiny-qwen3",
+            "tokenizer_path": "/models/tiny-qwen3",
+            "is_generation": True,
+            "preferred_sampling_params": None,
+            "has_image_understanding": False,
+            "has_audio_understanding": False,
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+        }
+        if self._since("0.5.18"):
+            info |= {"served_model_name": "/models/tiny-qwen3", "load_format": "dummy"}
+            info |= {"reasoning_parser": None, "tool_call_parser": None}
+        return info
+
+    def server_info(self) -> dict[str, object]:
+        """Fields of /server_info that exist in this release, with what does not depend on the engine's settings."""
+        info: dict[str, object] = {
+            "model_path": "/models/tiny-qwen3",
+            "served_model_name": "/models/tiny-qwen3",
+            "load_format": "dummy",
+            "pp_size": 1,
+            "dp_size": 1,
+            "ep_size": 1,
+            "nnodes": 1,
+            "enable_dp_attention": False,
+            "tokenizer_worker_num": 1,
+            "quantization": None,
+            "speculative_algorithm": None,
+            "status": "ready",
+            "version": self.release,
+        }
+        if self._since("0.5.17"):
+            info["weight_cache_mode"] = "off"
+        if self._since("0.5.21"):
+            info["frontend"] = "python"
+        if self._since("0.5.22"):
+            info["attn_dp_size"] = 1
+        return info
+
+    def _since(self, release: str) -> bool:
+        return Version(self.release) >= Version(release)
