@@ -13,6 +13,7 @@ Neither torch nor SGLang is imported here.
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -32,14 +33,21 @@ from adapter.errors import LaunchError
 
 _POLL_S = 0.1
 _LOG_TAIL_BYTES = 4000
+# Helpers that outlive their leader by a moment remove files on their way out, so they get that moment.
+_LINGER_S = 5.0
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of the loopback interface that nobody listens on now.
+
+    Below the range that outgoing connections take theirs from, and low enough for SGLang 0.5.15, which also wants the
+    port 10000 above to exist.
+    """
+    while True:
+        port = random.randrange(20_000, 30_000)  # noqa: S311 - no secret
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _session_members(session_id: int) -> Iterator[int]:
@@ -140,12 +148,22 @@ class ManagedProcess:
             if not self.has_exited():
                 self._popen.terminate()
                 self.wait_exit(self._grace_s)
+            self._wait_for_helpers()
         finally:  # also when Ctrl-C comes in the middle of the wait
             self._kill_session()
             self._popen.wait()
 
+    def session_members(self) -> list[int]:
+        """The processes of the session that still run."""
+        return list(_session_members(self.pid))
+
+    def _wait_for_helpers(self) -> None:
+        deadline = time.monotonic() + _LINGER_S
+        while self.has_exited() and self.session_members() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
     def _kill_session(self) -> None:
-        while members := list(_session_members(self.pid)):
+        while members := self.session_members():
             for pid in members:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -233,7 +251,7 @@ class _Started:
         try:
             process.wait_until(is_ready, timeout_s)
         except BaseException:  # whatever ends the wait, Ctrl-C too, must not leave the process behind
-            process.stop()
+            self.stop()
             raise
 
     @property
@@ -272,6 +290,14 @@ class EngineProcess(_Started):
             grace_s=config.grace_s,
         )
         super().__init__(process, self._is_up, config.ready_timeout_s)
+
+    def stop(self) -> None:
+        """Ends the server and what it leaves in shared memory. May be called again."""
+        members = self.process.session_members()
+        super().stop()
+        for pid in members:  # files of 25 MB that carry their maker's id; SGLang removes them only in its own CI
+            for left_over in Path("/dev/shm").glob(f"sgl_shm_*_{pid}_*"):  # noqa: S108 - its name is SGLang's choice
+                left_over.unlink(missing_ok=True)
 
     def _is_up(self) -> bool:
         # /health would generate a token, and answers 503 while generation is paused.

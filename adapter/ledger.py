@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from adapter.errors import UpdateFailed, UpdateStillApplying, WeightSyncError
+from adapter.errors import IncompatibleSidecar, UpdateFailed, UpdateRefused, UpdateStillApplying, WeightSyncError
 from adapter.exports import Export
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,8 @@ class ExportLedger:
 
     def __init__(self) -> None:
         self._held: list[Export] = []
+        self._overdue: list[Export] = []
+        """Those of them that were waited for in vain: a later update must not wait for them again."""
 
     @property
     def unreleased_bytes(self) -> int:
@@ -48,8 +50,9 @@ class ExportLedger:
     def settle(self, patience_s: float = RELEASE_PATIENCE_S) -> None:
         """Drop what is released, waiting a moment for the rest; say so if something is held on to."""
         give_up = time.monotonic() + patience_s
-        while self._drop_released() and time.monotonic() < give_up:
+        while self._drop_released() > len(self._overdue) and time.monotonic() < give_up:
             time.sleep(POLL_S)
+        self._overdue = list(self._held)
         if self._held:
             logger.warning("the engine still holds %d bytes of this rank; kept until it lets go", self.unreleased_bytes)
 
@@ -58,13 +61,16 @@ class ExportLedger:
         kept = [export for export in self._held if not export.released()]
         dropped_cuda = any(export.flat.is_cuda for export in self._held if export not in kept)
         self._held = kept
+        self._overdue = [export for export in self._overdue if export in kept]
         if dropped_cuda:
             torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]  # takes the memory out of torch's limbo
         return len(kept)
 
 
 def _never_seen(error: WeightSyncError, bucket: int) -> bool:
-    """Whether the sidecar itself said that the engine was never given this bucket's memory."""
+    """Whether the engine was surely never given this bucket's memory."""
     if isinstance(error, UpdateFailed):
         return bucket >= error.num_posted
+    if isinstance(error, UpdateRefused | IncompatibleSidecar):
+        return True  # also where gRPC itself refused: too large, or a sidecar without that call
     return bool(error.reason) and not isinstance(error, UpdateStillApplying)

@@ -6,7 +6,8 @@
       +-- resume -> aborted
 
 Invariants: publish comes last but for resume, so no answer carries a version that was not fully loaded; a POST is
-made once; after the first POST a failure leaves generation paused.
+made once; after the first POST a failure leaves generation paused, and so does any failure while the engine is
+dirty from an update before.
 """
 
 import logging
@@ -63,13 +64,16 @@ class Applier:
         self._wait_for_bucket = wait_for_bucket
         self._changed = changed
 
-    async def apply(self, update: Update, payloads: Sequence[BucketPayload]) -> None:
-        """Bring ``update`` from APPLYING to an ended state; raises nothing that the engine or a rank can cause."""
+    async def apply(self, update: Update, payloads: Sequence[BucketPayload], *, dirty: bool) -> None:
+        """Bring ``update`` from APPLYING to an ended state; raises nothing that the engine or a rank can cause.
+
+        ``dirty``: the engine holds mixed weights from before, so it must not generate if this breaks off too.
+        """
         try:
             await self._load_all(update, payloads)
             await self._make_visible(update)
         except SyncError as error:
-            await self._break_off(update, error)
+            await self._break_off(update, error, dirty)
         else:
             update.end(UpdateState.COMMITTED)
         self._changed()
@@ -106,20 +110,20 @@ class Applier:
         async with self._phase(update, Phase.RESUME):
             await self._engine.resume()
 
-    async def _break_off(self, update: Update, error: SyncError) -> None:
+    async def _break_off(self, update: Update, error: SyncError, dirty: bool) -> None:
         """Leave the engine as it was if no bucket was posted; otherwise dirty, paused and without an open session."""
         phase = update.phase
         logger.error("update %s broke off in phase %s: %s", update.id, phase.name.lower(), error.message)
-        undone = await self._undo(update)
+        undone = await self._undo(update, resume=update.num_posted == 0 and not dirty)
         if update.num_posted == 0 and undone:
             update.end(UpdateState.ABORTED, error)
         else:
             update.end(UpdateState.FAILED, _failed(update, phase, error))
 
-    async def _undo(self, update: Update) -> bool:
-        """End an open session; let generation go on if nothing was posted. Whether all that worked."""
+    async def _undo(self, update: Update, *, resume: bool) -> bool:
+        """End an open session; let generation go on if it may. Whether all that worked."""
         steps = [self._engine.end] if update.phase in (Phase.BEGIN, Phase.LOAD) else []
-        if update.num_posted == 0:
+        if resume:
             steps.append(self._engine.resume)
         worked = True
         for step in steps:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from sidecar import __version__
 from sidecar.config import ServeConfig, Timeouts, parse_address
@@ -84,10 +85,16 @@ def _serve(options: argparse.Namespace) -> int:
         return _fail(str(error), EXIT_USAGE)
     private_umask()
     try:
-        serve(config)
+        clean = serve(config)
     except (AddressInUseError, OSError) as error:
         return _fail(str(error), EXIT_CANNOT_START)
-    return 0
+    return 0 if clean else _leave_at_once()
+
+
+def _leave_at_once() -> NoReturn:
+    """End without waiting for the thread of a call that the engine may never answer."""
+    logging.shutdown()
+    os._exit(EXIT_NOT_HEALTHY)
 
 
 def _serve_config(options: argparse.Namespace) -> ServeConfig:

@@ -52,6 +52,10 @@ class WatchedEngine(Engine, Protocol):
         """Where it listens."""
 
     @property
+    def problem(self) -> str:
+        """Why ``info`` is None, in a sentence."""
+
+    @property
     def info(self) -> EngineInfo | None:
         """What it last said about itself; None while it cannot be reached."""
 
@@ -109,7 +113,7 @@ class Coordinator:
         if self._dirty:
             return self._dirty.message
         if self._engine.info is None:
-            return f"the engine at {self._engine.url} does not answer"
+            return self._engine.problem or f"the engine at {self._engine.url} has not answered yet"
         return self._engine.info.unsupported
 
     @property
@@ -162,8 +166,8 @@ class Coordinator:
     async def begin(self, header: Header, known: KnownManifest) -> Update:
         """One rank announces its part, whose buckets follow."""
         update = await self._join(header, known, {})
-        if update.error:
-            raise update.error
+        if update.state.ended:
+            raise refusals.id_reused(update, header.rank)
         return update
 
     async def push(self, update_id: str, rank: int, bucket: int, memory: Memory, budget_s: float) -> None:
@@ -171,7 +175,9 @@ class Coordinator:
         update = self._joined(update_id, rank)
         if not 0 <= bucket < update.num_buckets:
             raise refusals.no_such_bucket(update, rank, bucket)
-        if not update.state.ended:
+        if update.state is UpdateState.COMMITTED:
+            self._check_repeated(update, rank, {bucket: memory})
+        elif not update.state.ended:
             self._admit(update, rank, {bucket: memory})
             update.deliver(rank, bucket, memory)
             self._delivered(update)
@@ -271,7 +277,7 @@ class Coordinator:
     def _check_repeated(update: Update, rank: int, handles: Mapping[int, Memory]) -> None:
         """Only the very call that was made before gets its answer again: other memory means other weights."""
         before = update.deliveries.get(rank)
-        if before is None or before.handles != handles:
+        if before is None or any(before.handles.get(bucket) != memory for bucket, memory in handles.items()):
             raise refusals.id_reused(update, rank)
 
     def _joined(self, update_id: str, rank: int) -> Update:
@@ -299,7 +305,7 @@ class Coordinator:
     async def _apply(self, update: Update) -> None:
         assert self._manifest is not None
         try:
-            await self._applier.apply(update, self._manifest.payloads)
+            await self._applier.apply(update, self._manifest.payloads, dirty=self._dirty is not None)
         except Exception as bug:  # the edge of a task that nobody awaits: it must not vanish
             logger.exception("update %s: a defect in the sidecar", update.id)
             update.end(UpdateState.FAILED, refusals.defect(update, bug))

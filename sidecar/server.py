@@ -2,7 +2,7 @@
 
     startup -> serving until SIGTERM or SIGINT -> drain -> exit 0
     drain: NOT_SERVING, no new update -> the update in hand ends (at most drain_s) -> stop gRPC -> close HTTP
-    a second signal ends the drain at once
+    a second signal ends the drain at once, and exits with 1; so does an update that outlasts the drain
 
 Invariant: the port is served within the process's first moments, whether the engine is up or not.
 """
@@ -10,7 +10,6 @@ Invariant: the port is served within the process's first moments, whether the en
 import asyncio
 import logging
 import signal
-from contextlib import suppress
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -47,15 +46,16 @@ class SidecarServer:
         self._stop = asyncio.Event()
         self._server = self._make_server()
 
-    async def run(self) -> None:
-        """Serve until told to stop; raises ``AddressInUseError`` if it cannot begin."""
+    async def run(self) -> bool:
+        """Serve until told to stop; whether no update was left half-way. Raises ``AddressInUseError`` at the start."""
         await self._startup()
         async with asyncio.TaskGroup() as background:
             tasks = [background.create_task(self._watch.run()), background.create_task(self._publish_readiness())]
             await self._stop.wait()
-            await self._drain()
+            clean = await self._drain()
             for task in tasks:
                 task.cancel()
+        return clean
 
     def stop(self) -> None:
         """Begin to drain; a second call ends the drain at once."""
@@ -74,14 +74,16 @@ class SidecarServer:
         await self._server.start()
         logger.info("serving on %s beside the engine at %s", address, self._config.engine_url)
 
-    async def _drain(self) -> None:
+    async def _drain(self) -> bool:
         logger.info("stopping: no new update; %.0f s for the one in hand", self._config.drain_s)
         await self._health.drain()
-        if not await self._coordinator.drain(self._config.drain_s):
+        clean = await self._coordinator.drain(self._config.drain_s)
+        if not clean:
             logger.error("stopping in the middle of an update: the engine is left paused, with mixed weights")
         await self._server.stop(STOP_GRACE_S)
         self._watch.close()
         self._engine.close()
+        return clean
 
     async def _publish_readiness(self) -> None:
         while True:
@@ -107,11 +109,13 @@ class SidecarServer:
         return server
 
 
-def serve(config: ServeConfig) -> None:
-    """Run one sidecar in this thread until a signal ends it."""
+def serve(config: ServeConfig) -> bool:
+    """Run one sidecar in this thread until a signal ends it; whether no update was left half-way."""
 
-    async def life() -> None:
-        await SidecarServer(config).run()
+    async def life() -> bool:
+        return await SidecarServer(config).run()
 
-    with suppress(asyncio.CancelledError):
-        asyncio.run(life())
+    try:
+        return asyncio.run(life())
+    except (SystemExit, asyncio.CancelledError):  # a second signal
+        return False

@@ -32,9 +32,17 @@ class EngineHttp:
         self._session.trust_env = False  # a proxy from the environment must not see local calls
         self._last_used = 0.0
 
-    async def get(self, path: str, timeout_s: float) -> Any:
-        """GET ``path``: the answer's JSON."""
-        return (await self._request("GET", path, None, timeout_s)).json()
+    async def get(self, path: str, timeout_s: float) -> dict[str, Any]:
+        """GET ``path``: the answer, which must be a JSON object."""
+        response = await self._request("GET", path, None, timeout_s)
+        try:
+            answer = response.json()
+        except requests.exceptions.JSONDecodeError:
+            answer = None
+        if not isinstance(answer, dict):
+            message = f"{self.url}{path} answered something else than a JSON object; is it an SGLang server?"
+            raise EngineRefused(Reason.ENGINE_REFUSED, message, engineUrl=self.url, path=path)
+        return answer
 
     async def post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> None:
         """POST ``body``: returns if the answer is a success."""
@@ -61,7 +69,7 @@ class EngineHttp:
             raise self._unreachable(path, "no connection in time") from error
         except requests.exceptions.Timeout as error:
             raise self._lost(path, f"no answer within {timeout_s:.1f} s") from error
-        except requests.exceptions.ConnectionError as error:
+        except requests.exceptions.RequestException as error:
             if _was_never_sent(error):
                 raise self._unreachable(path, "connection refused") from error
             raise self._lost(path, "the connection broke before an answer came") from error
@@ -76,7 +84,7 @@ class EngineHttp:
         return EngineUnreachable(Reason.ENGINE_UNREACHABLE, message, engineUrl=self.url, path=path)
 
     def _lost(self, path: str, why: str) -> EngineLost:
-        message = f"POST {path} was sent to the engine at {self.url}, but {why}; whether it was carried out is unknown"
+        message = f"{path} was sent to the engine at {self.url}, but {why}; whether it was carried out is unknown"
         return EngineLost(Reason.ENGINE_LOST, message, engineUrl=self.url, path=path)
 
     def _refused(self, path: str, response: requests.Response) -> EngineRefused:
@@ -87,7 +95,7 @@ class EngineHttp:
         )
 
 
-def _was_never_sent(error: requests.exceptions.ConnectionError) -> bool:
+def _was_never_sent(error: requests.exceptions.RequestException) -> bool:
     """Whether urllib3 failed to connect, as opposed to losing a connection that had taken the request."""
     cause = getattr(error.args[0], "reason", None) if error.args else None
     return type(cause).__name__ in ("NewConnectionError", "NameResolutionError")

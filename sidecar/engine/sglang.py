@@ -32,6 +32,9 @@ class SGLangEngine:
         self.weight_version = ""
         """What answers carry, as last seen or published."""
         self.num_published = 0
+        self.problem = ""
+        """Why ``info`` is None, in a sentence."""
+        self._paused = False
 
     @property
     def url(self) -> str:
@@ -49,8 +52,16 @@ class SGLangEngine:
         return str(info.get("weight_version") or "")
 
     async def pause(self, mode: PauseMode) -> None:
-        """Hold generation; the mode says what happens to running requests."""
+        """Hold generation; the mode says what happens to running requests.
+
+        Never "abort" on top of a pause that an update that failed has left: it waits for ever for requests that cannot
+        end, and blocks /continue_generation (SGLang 0.5.23, managers/tokenizer_control_mixin.py). Some pause is always
+        asked for: a server that was started again meanwhile is not paused.
+        """
+        if self._paused and mode is PauseMode.ABORT:
+            mode = PauseMode.RETRACT
         await self._http.post("/pause_generation", {"mode": mode.value}, self._timeouts.pause)
+        self._paused = True
 
     async def begin(self) -> None:
         """Open the session, where this release has one. One that was left open is ended first."""
@@ -109,6 +120,12 @@ class SGLangEngine:
     async def resume(self) -> None:
         """Let generation go on."""
         await self._repeatable("/continue_generation", {}, self._timeouts.resume)
+        self._paused = False
+
+    def gone(self, why: str) -> None:
+        """It cannot be reached any more: whatever comes back is a new server."""
+        self.info, self.problem, self.weight_version = None, why, ""
+        self._paused = False
 
     def close(self) -> None:
         """Let the connection go."""

@@ -63,8 +63,9 @@ class EngineWatch:
         self._misses += 1
         if self._engine.info is not None and self._misses >= MISSES_UNTIL_GONE:
             logger.warning("engine gone: %s", error.message)
-            self._engine.info = None
-            self._engine.weight_version = ""
+            self._engine.gone(error.message)
+        elif self._engine.info is None:
+            self._engine.problem = error.message
 
 
 def _named(engine: SGLangEngine) -> tuple[str, int]:

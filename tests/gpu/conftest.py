@@ -67,8 +67,7 @@ def running(folder: Path, *, shape: str, tp_size: int, bucket_bytes: int) -> Ite
     """Start it all, and end it all."""
     with ExitStack() as stack:
         model = write_config(SHAPES[shape], folder / "model")
-        extra = ("--disable-custom-all-reduce",) if tp_size > 1 else ()
-        config = cuda_engine(folder, model, tp_size=tp_size, extra_args=extra)
+        config = cuda_engine(folder, model, tp_size=tp_size)
         engine = stack.enter_context(EngineProcess(config))
         socket = f"unix:{folder}/sidecar.sock"
         log = folder / "sidecar.log"

@@ -1,0 +1,54 @@
+"""What outlives the sidecar: that an update was being applied, in a small file beside its socket.
+
+Written before the engine is touched and removed once the engine serves one version again, so a sidecar that finds one
+knows that its predecessor died, or was stopped, with the engine in between: paused, perhaps with a session open, with
+weights of no one version. An engine of another epoch has forgotten all that, and so has the journal.
+
+Invariant: the file is replaced as a whole; one that cannot be read says no less than that an update was in hand.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One update that was begun."""
+
+    update_id: str
+    weight_version: str
+    engine_epoch: str
+
+
+class Journal:
+    """One file; without a path, nothing is kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def begin(self, entry: Entry) -> None:
+        """Say that ``entry`` is about to touch the engine; raises ``OSError`` if that cannot be written."""
+        if self._path is None:
+            return
+        partial = self._path.with_suffix(".partial")
+        with partial.open("w") as file:
+            json.dump(asdict(entry), file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._path)
+
+    def clear(self) -> None:
+        """Say that the engine serves one version."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def unfinished(self) -> Entry | None:
+        """What a predecessor left."""
+        if self._path is None or not self._path.exists():
+            return None
+        try:
+            return Entry(**json.loads(self._path.read_text()))
+        except (ValueError, TypeError):
+            return Entry(update_id="unknown", weight_version="unknown", engine_epoch="")
