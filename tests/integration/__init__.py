@@ -1,0 +1,1 @@
+"""A real sidecar process beside a scripted engine."""

@@ -1,0 +1,124 @@
+"""What becomes of memory that was handed over, by how the call ended."""
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapter.errors import (
+    IncompatibleSidecar,
+    RanksMissing,
+    SidecarUnreachable,
+    UpdateAborted,
+    UpdateFailed,
+    UpdateRefused,
+    UpdateStillApplying,
+    WeightSyncError,
+)
+from adapter.exports import Export, HostExport
+from adapter.ledger import ExportLedger
+from tests.fakes import shared_memory
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    before = files_of_this_process()
+    yield
+    gc.collect()
+    assert files_of_this_process() <= before
+
+
+def files_of_this_process() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob(f"torch_{os.getpid()}_*")}
+
+
+@pytest.fixture
+def ledger() -> ExportLedger:
+    return ExportLedger()
+
+
+def sent(ledger: ExportLedger) -> tuple[Export, str]:
+    """An export that was handed over, and its file's name."""
+    export = HostExport(128)
+    export.flat.copy_(torch.zeros(128, dtype=torch.uint8))
+    name = export.handle().shared_memory.name
+    ledger.hold(export)
+    return export, name
+
+
+def test_memory_counts_as_unreleased_until_the_engine_let_go(ledger: ExportLedger) -> None:
+    _, name = sent(ledger)
+    assert ledger.unreleased_bytes == 128
+    shared_memory.release(name)
+    assert ledger.unreleased_bytes == 0
+    ledger.settle()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UpdateRefused("refused", reason="INVALID_TENSOR"),
+        UpdateRefused("too large, said gRPC itself"),
+        IncompatibleSidecar("no such call, said gRPC itself"),
+        UpdateAborted("aborted", reason="RANKS_DIFFER"),
+        RanksMissing("missing", reason="RANKS_MISSING"),
+        SidecarUnreachable("draining", reason="DRAINING"),
+        UpdateFailed("failed", reason="UPDATE_FAILED", details={"numPosted": "0"}),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_the_engine_never_saw_is_reclaimed(ledger: ExportLedger, error: WeightSyncError) -> None:
+    export, _ = sent(ledger)
+    ledger.failed(export, 0, error)
+    assert ledger.unreleased_bytes == 0
+    ledger.settle()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UpdateStillApplying("still", reason="STILL_APPLYING"),
+        UpdateFailed("failed", reason="UPDATE_FAILED", details={"numPosted": "1"}),
+        SidecarUnreachable("the connection broke: who knows"),
+        WeightSyncError("no answer in time"),
+    ],
+    ids=["still-applying", "posted", "connection-lost", "deadline-of-the-client"],
+)
+def test_memory_that_the_engine_may_read_is_kept(
+    ledger: ExportLedger, error: WeightSyncError, caplog: pytest.LogCaptureFixture
+) -> None:
+    export, name = sent(ledger)
+    ledger.failed(export, 0, error)
+    with caplog.at_level(logging.WARNING):
+        ledger.settle(patience_s=0.02)
+    assert ledger.unreleased_bytes == 128
+    assert "the engine still holds 128 bytes of this rank" in caplog.text
+    shared_memory.release(name)
+    ledger.settle()
+    assert ledger.unreleased_bytes == 0
+
+
+def test_settling_one_waits_for_that_one_and_drops_all_that_are_free(ledger: ExportLedger) -> None:
+    first, first_name = sent(ledger)
+    _, second_name = sent(ledger)
+    shared_memory.release(second_name)
+    shared_memory.release(first_name)
+    ledger.settle_one(first)
+    assert ledger.unreleased_bytes == 0
+
+
+def test_settling_does_not_wait_again_for_what_outlived_its_patience(ledger: ExportLedger) -> None:
+    """An engine that died holds its share for ever; later updates must not each wait for it."""
+    _, name = sent(ledger)
+    ledger.settle(patience_s=0.02)
+    started = time.monotonic()
+    ledger.settle(patience_s=5.0)
+    assert time.monotonic() - started < 1.0
+    assert ledger.unreleased_bytes == 128
+    shared_memory.release(name)
+    ledger.settle()

@@ -1,0 +1,139 @@
+"""Every check of a memory handle: what passes here is opened by the engine, and a wrong one kills it."""
+
+import dataclasses
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sidecar import memory as memories
+from sidecar.errors import InvalidRequest, Reason
+from sidecar.memory import CudaIpcMemory, Memory, SharedMemory, check
+from tests.fakes import SharedFile
+
+UUID = "6b7c1a2e-0d3f-4a5b-8c9d-0e1f2a3b4c5d"
+CUDA = CudaIpcMemory(
+    device_uuid=UUID,
+    memory_handle=b"\x01c" + bytes(64),
+    size_bytes=1024,
+    storage_offset_bytes=512,
+    ref_counter_handle="/torch_1_2_3",
+    ref_counter_offset=5,
+    event_handle=bytes(64),
+    event_sync_required=True,
+)
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[SharedMemory]:
+    with SharedFile(bytes(1024)) as file, socket.socket(socket.AF_UNIX) as manager:
+        manager.bind(str(tmp_path / "manager.sock"))
+        yield SharedMemory(str(tmp_path / "manager.sock"), file.name, 1024)
+
+
+def refusal(memory: Memory, needed_bytes: int = 1024) -> str:
+    with pytest.raises(InvalidRequest) as raised:
+        check(memory, needed_bytes, "rank 1, bucket 0")
+    assert raised.value.reason is Reason.INVALID_HANDLE
+    assert raised.value.message.startswith("rank 1, bucket 0: ")
+    return raised.value.message
+
+
+@pytest.mark.parametrize(
+    "handle",
+    [
+        pytest.param(bytes(64), id="old-torch"),
+        pytest.param(b"\x01c" + bytes(64), id="cudaMalloc"),
+        pytest.param(b"\x01e" + bytes(24 + 4), id="expandable-segment"),
+    ],
+)
+def test_every_form_of_torchs_cuda_handle_passes(handle: bytes) -> None:
+    check(dataclasses.replace(CUDA, memory_handle=handle), 1024, "rank 0, bucket 0")
+
+
+def test_an_event_is_not_needed_where_none_must_be_waited_for() -> None:
+    check(dataclasses.replace(CUDA, event_handle=b"", event_sync_required=False), 1024, "rank 0, bucket 0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        pytest.param({"memory_handle": b""}, "memory_handle of 0 bytes is none of torch's", id="no-handle"),
+        pytest.param({"memory_handle": bytes(63)}, "memory_handle of 63 bytes", id="short-handle"),
+        pytest.param({"memory_handle": bytes(67)}, "memory_handle of 67 bytes", id="long-handle"),
+        pytest.param({"memory_handle": b"\x01x" + bytes(64)}, "memory_handle of 66 bytes", id="unknown-type"),
+        pytest.param({"memory_handle": b"\x01e" + bytes(10)}, "memory_handle of 12 bytes", id="short-segment"),
+        pytest.param({"event_handle": bytes(8)}, "event_handle has 8 bytes instead of 64", id="short-event"),
+        pytest.param({"ref_counter_handle": ""}, "ref_counter_handle '' names no shared-memory file", id="no-counter"),
+        pytest.param({"ref_counter_handle": "x"}, "ref_counter_handle 'x' names no", id="counter-without-slash"),
+        pytest.param({"size_bytes": 1023}, "spans 1023 bytes, the bucket needs 1024", id="too-small"),
+        pytest.param({"device_uuid": ""}, "device_uuid '' is not a GPU's UUID", id="no-gpu"),
+        pytest.param({"device_uuid": "0"}, "device_uuid '0' is not a GPU's UUID", id="an-ordinal"),
+    ],
+)
+def test_a_bad_cuda_handle_is_refused_with_its_value(changes: dict[str, object], said: str) -> None:
+    assert said in refusal(dataclasses.replace(CUDA, **changes))  # type: ignore[arg-type]
+
+
+def test_a_gpu_that_this_host_lacks_is_refused_where_the_driver_shows_its_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    information = tmp_path / "0000:01:00.0" / "information"
+    information.parent.mkdir()
+    information.write_text(f"Model: \t\t NVIDIA H100\nGPU UUID: \t GPU-{UUID}\n")
+    monkeypatch.setattr(memories, "NVIDIA_GPUS", tmp_path)
+    memories.visible_gpu_uuids.cache_clear()
+    try:
+        check(CUDA, 1024, "rank 0, bucket 0")
+        other = UUID.replace("6b", "7b")
+        assert f"GPU {other!r} is not on this host; it has {UUID}" in refusal(
+            dataclasses.replace(CUDA, device_uuid=other)
+        )
+    finally:
+        memories.visible_gpu_uuids.cache_clear()
+
+
+def test_a_real_file_of_enough_bytes_passes(shared: SharedMemory) -> None:
+    check(shared, 1024, "rank 0, bucket 0")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "x", "/", "/.", "/..", "/../etc/passwd", "/a/b", "/torch\0null"],
+    ids=["empty", "no-slash", "slash", "dot", "dotdot", "traversal", "subfolder", "null-byte"],
+)
+def test_a_name_that_is_none_of_shared_memory_is_refused(name: str, shared: SharedMemory) -> None:
+    assert "is not of the form /name" in refusal(dataclasses.replace(shared, name=name))
+
+
+def test_shared_memory_that_is_not_there_is_refused(shared: SharedMemory) -> None:
+    said = refusal(dataclasses.replace(shared, name="/torch_gone"))
+    assert "cannot see shared memory /torch_gone (No such file or directory)" in said
+    assert "must share /dev/shm" in said
+
+
+def test_a_folder_is_not_shared_memory(shared: SharedMemory) -> None:
+    folder = memories.SHM_DIRECTORY / f"weight-sync-test-{os.getpid()}"
+    folder.mkdir()
+    try:
+        assert "is no file" in refusal(dataclasses.replace(shared, name=f"/{folder.name}", size_bytes=1), 1)
+    finally:
+        folder.rmdir()
+
+
+def test_a_file_shorter_than_it_is_said_to_be_is_refused(shared: SharedMemory) -> None:
+    said = refusal(dataclasses.replace(shared, size_bytes=1025))
+    assert f"shared memory {shared.name} has 1088 bytes, too few for 1025" in said
+
+
+def test_memory_smaller_than_its_bucket_is_refused(shared: SharedMemory) -> None:
+    assert "spans 1024 bytes, the bucket needs 1025" in refusal(shared, needed_bytes=1025)
+
+
+@pytest.mark.parametrize("path", ["", "/nowhere/manager.sock", "/dev/null", "/a\0b"])
+def test_a_manager_that_the_engine_could_not_reach_is_refused(path: str, shared: SharedMemory) -> None:
+    said = refusal(dataclasses.replace(shared, manager_path=path))
+    assert f"cannot see torch_shm_manager's socket {path!r}" in said
+    assert "must share the temporary directory" in said

@@ -1,0 +1,169 @@
+"""The update's state machine, without any of the waiting around it."""
+
+import dataclasses
+
+import pytest
+
+from sidecar.errors import InvalidRequest, RankAlreadyDelivered, Reason, SyncError, UnsuitableEngine, UpdateConflict
+from sidecar.manifest import BucketSpec, Manifest, TensorSpec
+from sidecar.memory import SharedMemory
+from sidecar.update import Header, PauseMode, Update, UpdateState
+
+HEADER = Header(update_id="u1", weight_version="v1", rank=0, tp_size=2)
+MANIFEST = Manifest(tuple(BucketSpec(64, (TensorSpec(name, "uint8", (64,), 0, 64),)) for name in ("first", "second")))
+ERROR = UpdateConflict(Reason.UPDATE_ABORTED, "rank 0 aborted it")
+
+
+def memory(number: int) -> SharedMemory:
+    return SharedMemory("/tmp/manager.sock", f"/torch_{number}", 64)
+
+
+def new_update() -> Update:
+    return Update(header=HEADER, manifest=MANIFEST, digest=MANIFEST.digest())
+
+
+def delivered(*buckets: int) -> Update:
+    update = new_update()
+    for rank in range(2):
+        update.join(rank)
+        for bucket in buckets:
+            update.deliver(rank, bucket, memory(10 * rank + bucket))
+    return update
+
+
+def test_an_update_waits_for_every_rank_in_order_until_each_brought_its_first_bucket() -> None:
+    update = new_update()
+    assert update.missing() == [0, 1]
+    update.join(1)
+    assert update.missing() == [0, 1]
+    update.deliver(1, 0, memory(1))
+    assert update.missing() == [0]
+    update.join(0)
+    update.deliver(0, 0, memory(0))
+    assert update.missing() == []
+    assert update.memories(0) == [memory(0), memory(1)]
+
+
+def test_while_it_is_applied_an_update_waits_for_the_next_bucket_and_then_for_commits() -> None:
+    update = delivered(0)
+    update.start_applying()
+    update.num_posted = 1
+    assert update.missing() == [0, 1]
+    for rank in range(2):
+        update.deliver(rank, 1, memory(rank))
+    update.num_posted = 2
+    assert update.missing() == [0, 1]
+    update.deliveries[1].committed = True
+    assert update.missing() == [0]
+    update.deliveries[0].committed = True
+    assert update.complete
+    update.end(UpdateState.COMMITTED)
+    assert update.missing() == []
+
+
+def test_the_same_memory_again_changes_nothing_and_other_memory_is_refused() -> None:
+    update = delivered(0)
+    update.deliver(0, 0, memory(0))
+    with pytest.raises(RankAlreadyDelivered) as raised:
+        update.deliver(0, 0, memory(77))
+    assert raised.value.reason is Reason.RANK_DELIVERED_TWICE
+    assert raised.value.message.startswith("rank 0 has already delivered bucket 0 of update 'u1'")
+    assert update.memories(0)[0] == memory(0)
+
+
+def test_joining_again_forgets_nothing() -> None:
+    update = delivered(0)
+    update.join(0)
+    assert update.waiting_for(0) == []
+
+
+def test_a_bucket_that_was_not_posted_can_be_withdrawn_and_a_posted_one_cannot() -> None:
+    update = delivered(0, 1)
+    update.start_applying()
+    update.num_posted = 1
+    update.withdraw(1, 1)
+    assert update.waiting_for(1) == [1]
+    with pytest.raises(AssertionError, match="a posted bucket cannot be taken back"):
+        update.withdraw(1, 0)
+
+
+def test_applying_cannot_start_while_a_rank_is_missing() -> None:
+    update = new_update()
+    update.join(0)
+    update.deliver(0, 0, memory(0))
+    with pytest.raises(AssertionError):
+        update.start_applying()
+
+
+@pytest.mark.parametrize("state", [state for state in UpdateState if state.ended])
+def test_nothing_leaves_an_ended_state(state: UpdateState) -> None:
+    update = delivered(0)
+    update.end(state, None if state is UpdateState.COMMITTED else ERROR)
+    with pytest.raises(AssertionError):
+        update.end(UpdateState.ABORTED, ERROR)
+    with pytest.raises(AssertionError):
+        update.start_applying()
+
+
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [
+        (UpdateState.COMMITTED, ERROR),
+        (UpdateState.ABORTED, None),
+        (UpdateState.FAILED, None),
+        (UpdateState.APPLYING, ERROR),
+    ],
+)
+def test_an_update_ends_committed_without_an_error_or_otherwise_with_one(
+    state: UpdateState, error: SyncError | None
+) -> None:
+    with pytest.raises(AssertionError):
+        delivered(0).end(state, error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weight_version": "v2"}, "weight_version 'v1' against 'v2'"),
+        ({"pause_mode": PauseMode.ABORT}, "pause_mode <PauseMode.RETRACT: 'retract'> against <PauseMode.ABORT"),
+    ],
+)
+def test_ranks_that_send_different_headers_are_told_both_values(changes: dict[str, object], said: str) -> None:
+    other = dataclasses.replace(HEADER, rank=1, **changes)  # type: ignore[arg-type]
+    with pytest.raises(UpdateConflict) as raised:
+        new_update().check_same(other, MANIFEST, MANIFEST.digest())
+    assert raised.value.reason is Reason.RANKS_DIFFER
+    assert raised.value.message.startswith("update 'u1': ranks 0 and 1 differ: ")
+    assert said in raised.value.message
+
+
+def test_ranks_that_send_different_manifests_are_told_the_first_difference() -> None:
+    other = Manifest(MANIFEST.buckets[:1])
+    with pytest.raises(UpdateConflict, match="ranks 0 and 1 differ: 2 tensors against 1"):
+        new_update().check_same(dataclasses.replace(HEADER, rank=1), other, other.digest())
+
+
+def test_a_header_that_fits_the_engine_passes() -> None:
+    dataclasses.replace(HEADER, update_id="u" * 128, weight_version="v" * 128, rank=1).check(2)
+
+
+@pytest.mark.parametrize("field", ["update_id", "weight_version"])
+@pytest.mark.parametrize("value", ["", "x" * 129, "a\nb"], ids=["empty", "long", "unprintable"])
+def test_an_id_or_version_that_cannot_be_printed_is_refused(field: str, value: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        dataclasses.replace(HEADER, **{field: value}).check(2)  # type: ignore[arg-type]
+    assert raised.value.reason is Reason.INVALID_HEADER
+    assert raised.value.message.startswith(f"rank 0: {field} must be 1 to 128 printable characters, not ")
+
+
+def test_a_rank_outside_the_engines_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"rank 2 is outside 0\.\.1; number the ranks") as raised:
+        dataclasses.replace(HEADER, rank=2).check(2)
+    assert raised.value.reason is Reason.RANK_OUT_OF_RANGE
+
+
+def test_a_trainer_of_another_size_than_the_engine_is_refused() -> None:
+    with pytest.raises(UnsuitableEngine, match="sends from 2 ranks, but the engine has tp_size 4") as raised:
+        HEADER.check(4)
+    assert raised.value.reason is Reason.TP_SIZE_MISMATCH
+    assert raised.value.details == {"rank": "0", "tpSize": "2", "engineTpSize": "4"}
