@@ -21,7 +21,7 @@ from adapter.exports import Export
 from adapter.ledger import ExportLedger
 from adapter.planner import Plan
 from adapter.sidecar_stub import SidecarStub
-from adapter.staging import stage
+from adapter.staging import expect_end, stage
 from sidecar.v1 import weight_sync_pb2 as pb
 
 BUCKETS_IN_FLIGHT = 2
@@ -53,13 +53,14 @@ class BucketedSend:
         reference = pb.ManifestReference(manifest=wire.manifest(planned))
         begin = pb.BeginUpdateRequest(update=self._header, manifest=reference)
         self._stub.call(self._stub.rpc.BeginUpdate, begin, self._left())
+        commit = pb.CommitUpdateRequest(update_id=self._header.update_id, rank=self._header.rank)
         try:
             self._push_all(planned, tensors)
+            expect_end(tensors)
+            return self._stub.call(self._stub.rpc.CommitUpdate, commit, self._left()).outcome
         except BaseException as error:
             self._abort(error)
             raise
-        commit = pb.CommitUpdateRequest(update_id=self._header.update_id, rank=self._header.rank)
-        return self._stub.call(self._stub.rpc.CommitUpdate, commit, self._left()).outcome
 
     def _push_all(self, planned: Plan, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         for index, bucket in enumerate(planned.buckets):
@@ -73,7 +74,7 @@ class BucketedSend:
         request = pb.PushBucketRequest(
             update_id=self._header.update_id, rank=self._header.rank, bucket=bucket, handle=export.handle()
         )
-        self._ledger.hold(export)
+        self._ledger.hold(export, self._header.update_id, bucket)
         answer = self._stub.rpc.PushBucket.future(request, timeout=self._left())
         self._in_flight.append(_Push(bucket, export, answer))
 

@@ -17,11 +17,11 @@ import torch
 
 from adapter import wire
 from adapter.bucketed import BucketedSend
-from adapter.errors import EngineUnreachable, UpdateFailed, UpdateRefused, WeightSyncError
+from adapter.errors import EngineUnreachable, UpdateRefused, WeightSyncError
 from adapter.ledger import ExportLedger
 from adapter.planner import Plan, TensorSpec, plan
 from adapter.sidecar_stub import SidecarStub
-from adapter.staging import stage
+from adapter.staging import expect_end, stage
 from adapter.wire import UpdateResult
 from sidecar.v1 import weight_sync_pb2 as pb
 
@@ -60,7 +60,6 @@ class WeightSyncClient:
         self._device = torch.device(device) if device is not None else None
         self._stub = SidecarStub(target)
         self._ledger = ExportLedger()
-        self._failures: dict[str, int] = {}
         self._known: tuple[Plan, str] | None = None
 
     def update_weights(
@@ -78,7 +77,7 @@ class WeightSyncClient:
         Args:
             named_tensors: (Hugging Face name, full tensor) pairs, the same names, dtypes and shapes on every rank.
             version: what the engine reports as weight_version afterwards; new for every update.
-            update_id: names this update on every rank; by default made from the version and the failures so far.
+            update_id: names this update on every rank; by default the version.
             specs: what ``named_tensors`` will yield, in order, for an iterator too large to be held: then one bucket
                 at a time is taken from it. Without it the pairs are listed first.
             pause_mode: what happens to running requests: "retract", "in_place" or "abort".
@@ -94,7 +93,7 @@ class WeightSyncClient:
             specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named_tensors]
         planned = plan(specs, self.bucket_bytes)
         header = pb.UpdateHeader(
-            update_id=update_id or self._default_id(version),
+            update_id=update_id or version,
             weight_version=version,
             rank=self.rank,
             tp_size=self.tp_size,
@@ -102,9 +101,6 @@ class WeightSyncClient:
         )
         try:
             return self._send(header, planned, iter(named_tensors), timeout)
-        except UpdateFailed:
-            self._failures[version] = self._failures.get(version, 0) + 1
-            raise
         finally:
             self._ledger.settle()
 
@@ -145,17 +141,12 @@ class WeightSyncClient:
 
     # One update.
 
-    def _default_id(self, version: str) -> str:
-        """The same on every rank without communication: all of them saw the same failures of this version."""
-        failures = self._failures.get(version, 0)
-        return f"{version}.retry{failures}" if failures else version
-
     def _send(
         self, header: pb.UpdateHeader, planned: Plan, tensors: Iterator[tuple[str, torch.Tensor]], timeout: float
     ) -> UpdateResult:
         one_call = len(planned.buckets) == 1
         self._stub.require(pb.FEATURE_ONE_CALL_UPDATE if one_call else pb.FEATURE_BUCKETED_UPDATE)
-        device = self._staging_device()
+        device = self._staging_device(self._look_before())
         if one_call:
             outcome = self._in_one_call(header, planned, tensors, device, timeout)
         else:
@@ -172,8 +163,9 @@ class WeightSyncClient:
         timeout: float,
     ) -> pb.UpdateOutcome:
         export = stage(planned.buckets[0], tensors, device)
+        expect_end(tensors)
         request = pb.UpdateWeightsRequest(update=header, manifest=self._reference(planned), handles=[export.handle()])
-        self._ledger.hold(export)
+        self._ledger.hold(export, header.update_id, 0)
         try:
             return self._update_weights(request, planned, timeout)
         except WeightSyncError as error:
@@ -197,12 +189,23 @@ class WeightSyncClient:
             return pb.ManifestReference(digest=self._known[1])
         return pb.ManifestReference(manifest=wire.manifest(planned))
 
-    def _staging_device(self) -> torch.device:
+    def _look_before(self) -> pb.EngineInfo:
+        """See that sidecar and engine are there before memory is spent, and take back what is out of use."""
+        status = self._stub.status()
+        if not status.HasField("engine"):
+            raise EngineUnreachable(f"the sidecar at {self._stub.target} waits for its engine: {status.reason}")
+        self._ledger.revisit(self._outcome_of, status.engine.epoch)
+        return status.engine
+
+    def _outcome_of(self, update_id: str) -> pb.UpdateOutcome | None:
+        try:
+            return self.get_update(update_id)
+        except UpdateRefused:  # a sidecar that was restarted knows nothing of it
+            return None
+
+    def _staging_device(self, engine: pb.EngineInfo) -> torch.device:
         if self._device is not None:
             return self._device
-        capabilities = self._stub.capabilities()
-        if not capabilities.HasField("engine"):
-            raise EngineUnreachable(f"the sidecar at {self._stub.target} has not seen its engine yet; is it up?")
-        if capabilities.engine.device == "cuda":
+        if engine.device == "cuda":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")

@@ -6,9 +6,10 @@
       x IncompatibleSidecar    the sidecar is older than this adapter and cannot do what was asked
       x EngineUnreachable      the sidecar is there, its SGLang server is not
       x UpdateRefused          the request is wrong, or does not fit the engine; nothing was touched
-      x UpdateAborted          ranks disagreed, or one gave up; nothing was touched
+      x UpdateAborted          ranks disagreed, one gave up, or the engine was restarted: no new weights are served
       x RanksMissing           a deadline passed while the sidecar waited for other ranks
-      x UpdateStillApplying    a deadline passed while the engine was loading; it goes on: ask ``get_update``
+      x UpdateStillApplying    a deadline passed while the engine was loading; an update in one call goes on: ask
+                               ``get_update``; one in buckets is aborted by its client
       x UpdateFailed           broke off half-way: the engine is dirty until the next complete update
 
 Mapped from gRPC once, in ``from_rpc_error``.
@@ -55,7 +56,7 @@ class UpdateRefused(WeightSyncError):
 
 
 class UpdateAborted(WeightSyncError):
-    """Ranks disagreed, or one gave up; nothing was touched."""
+    """Ranks disagreed, one gave up, or the engine was restarted: it serves no part of this update."""
 
 
 class RanksMissing(WeightSyncError):
@@ -70,9 +71,10 @@ class UpdateFailed(WeightSyncError):
     """Broke off half-way: the engine is dirty until the next complete update."""
 
     @property
-    def num_posted(self) -> int:
-        """Buckets that the engine may have opened."""
-        return int(self.details.get("numPosted", "0"))
+    def num_posted(self) -> int | None:
+        """Buckets that the engine may have opened; None if the sidecar did not say."""
+        posted = self.details.get("numPosted")
+        return None if posted is None else int(posted)
 
 
 _BY_REASON: dict[str, type[WeightSyncError]] = {
@@ -80,6 +82,7 @@ _BY_REASON: dict[str, type[WeightSyncError]] = {
     "STILL_APPLYING": UpdateStillApplying,
     "UPDATE_FAILED": UpdateFailed,
     "ENGINE_UNREACHABLE": EngineUnreachable,
+    "ENGINE_LOST": UpdateAborted,
     "DRAINING": SidecarUnreachable,
     "UNKNOWN_FIELD": IncompatibleSidecar,
 }

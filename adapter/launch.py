@@ -329,7 +329,9 @@ class SidecarProcess(_Started):
 def sidecar_is_serving(target: str, timeout_s: float = 1.0) -> bool:
     """Whether the sidecar's own health service answers SERVING."""
     # A pool of its own: a channel shared with an earlier, refused try would wait out that one's back-off.
-    with grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+    with grpc.insecure_channel(
+        target, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+    ) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)

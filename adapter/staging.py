@@ -19,6 +19,13 @@ def stage(bucket: Bucket, tensors: Iterator[tuple[str, torch.Tensor]], device: t
     return export
 
 
+def expect_end(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Raise ``ValueError`` if there are tensors that the plan does not have: they would be lost silently."""
+    surplus = next(tensors, None)
+    if surplus is not None:
+        raise ValueError(f"named_tensors yields {surplus[0]} after the last of specs; list it there")
+
+
 def _view(flat: torch.Tensor, place: Placement) -> torch.Tensor:
     end = place.byte_offset + place.spec.num_bytes
     return flat[place.byte_offset : end].view(place.spec.dtype).view(place.spec.shape)

@@ -57,7 +57,7 @@ def send(target: str, rank: int, tp_size: int, version: str, tensors: Tensors) -
         manifest=pb.ManifestReference(manifest=manifest),
         handles=[handle],
     )
-    with grpc.insecure_channel(target) as channel:
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         outcome = pb_grpc.WeightSyncServiceStub(channel).UpdateWeights(request, timeout=120).outcome
     del storage  # not before the answer: the engine reads it
     return outcome

@@ -27,20 +27,23 @@ def check_handles(handles: Mapping[int, Memory], manifest: Manifest, rank: int, 
         memories.check(memory, manifest.buckets[bucket].size_bytes, where)
 
 
-def check_own_gpu(handles: Mapping[int, Memory], rank: int, others: Mapping[int, Delivery]) -> None:
-    """No two ranks send from one GPU: each engine TP rank reads memory of the GPU that it runs on."""
-    mine = _gpus(handles)
+def check_own_memory(handles: Mapping[int, Memory], rank: int, others: Mapping[int, Delivery]) -> None:
+    """No two ranks send from one GPU, or from one file: each engine TP rank reads, and lets go of, its own."""
+    mine = {_owned(memory) for memory in handles.values()}
     for other, delivery in others.items():
-        shared = mine & _gpus(delivery.handles)
+        shared = mine & {_owned(memory) for memory in delivery.handles.values()}
         if other != rank and shared:
-            gpu = sorted(shared)[0]
-            message = f"ranks {other} and {rank} both send from GPU {gpu}; rank r must send from the GPU of the "
-            message += "engine's TP rank r"
-            raise InvalidRequest(Reason.INVALID_HANDLE, message, ranks=f"{other},{rank}", gpu=gpu)
+            name = min(shared)
+            message = (
+                f"ranks {other} and {rank} both send from {name}; rank r must send from memory of its own, on the "
+            )
+            message += "GPU of the engine's TP rank r"
+            raise InvalidRequest(Reason.INVALID_HANDLE, message, ranks=f"{other},{rank}", memory=name)
 
 
-def _gpus(handles: Mapping[int, Memory]) -> set[str]:
-    return {memory.device_uuid for memory in handles.values() if isinstance(memory, CudaIpcMemory)}
+def _owned(memory: Memory) -> str:
+    """What belongs to one rank alone."""
+    return f"GPU {memory.device_uuid}" if isinstance(memory, CudaIpcMemory) else f"shared memory {memory.name}"
 
 
 def _check_kind(memory: Memory, device: str, where: str) -> None:

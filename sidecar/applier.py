@@ -16,7 +16,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from sidecar.errors import EngineError, EngineRefused, EngineUnreachable, Reason, SyncError, UpdateFailed
+from sidecar.errors import (
+    EngineError,
+    EngineRefused,
+    EngineRestarted,
+    EngineUnreachable,
+    Reason,
+    SyncError,
+    UpdateFailed,
+)
 from sidecar.payload import BucketPayload
 from sidecar.update import PauseMode, Phase, Update, UpdateState
 
@@ -112,31 +120,33 @@ class Applier:
 
     async def _break_off(self, update: Update, error: SyncError, dirty: bool) -> None:
         """Leave the engine as it was if no bucket was posted; otherwise dirty, paused and without an open session."""
-        phase = update.phase
+        phase, touched = update.phase, _touched(update, error)
         logger.error("update %s broke off in phase %s: %s", update.id, phase.name.lower(), error.message)
-        undone = await self._undo(update, resume=update.num_posted == 0 and not dirty)
-        if update.num_posted == 0 and undone:
+        undone = await self._undo(update, resume=not touched and not dirty)
+        if isinstance(error, EngineRestarted) or (undone and not touched):
             update.end(UpdateState.ABORTED, error)
         else:
             update.end(UpdateState.FAILED, _failed(update, phase, error))
 
     async def _undo(self, update: Update, *, resume: bool) -> bool:
         """End an open session; let generation go on if it may. Whether all that worked."""
-        steps = [self._engine.end] if update.phase in (Phase.BEGIN, Phase.LOAD) else []
-        if resume:
-            steps.append(self._engine.resume)
-        worked = True
-        for step in steps:
-            try:
-                await step()
-            except EngineRefused as refusal:  # no session was open
-                logger.info("while undoing update %s: %s", update.id, refusal.message)
-            except EngineUnreachable:  # nothing is left to undo: an engine that comes back has fresh weights
-                break
-            except EngineError as failure:
-                logger.error("while undoing update %s: %s", update.id, failure.message)
-                worked = False
-        return worked
+        try:
+            if update.phase in (Phase.BEGIN, Phase.LOAD):
+                await self._end_if_open(update)
+            if resume:
+                await self._engine.resume()
+        except (EngineUnreachable, EngineRestarted):
+            return True  # nothing is left to undo: a server that comes back has fresh weights
+        except EngineError as failure:
+            logger.error("while undoing update %s: %s", update.id, failure.message)
+            return False
+        return True
+
+    async def _end_if_open(self, update: Update) -> None:
+        try:
+            await self._engine.end()
+        except EngineRefused as refusal:
+            logger.info("while undoing update %s: %s", update.id, refusal.message)
 
     @asynccontextmanager
     async def _phase(self, update: Update, phase: Phase) -> AsyncIterator[None]:
@@ -147,6 +157,12 @@ class Applier:
             yield
         finally:
             update.phase_seconds[phase] = time.monotonic() - started
+
+
+def _touched(update: Update, error: SyncError) -> bool:
+    """Whether weights may have been written: SGLang answers 400 to a bucket only before it writes any of it."""
+    refused_the_first = update.num_posted == 1 and update.num_loaded == 0 and isinstance(error, EngineRefused)
+    return update.num_posted > 0 and not refused_the_first
 
 
 def _failed(update: Update, phase: Phase, error: SyncError) -> UpdateFailed:

@@ -15,13 +15,16 @@ from sidecar import __version__
 from sidecar.config import ServeConfig, Timeouts, parse_address
 
 EXIT_NOT_HEALTHY, EXIT_USAGE, EXIT_CANNOT_START = 1, 2, 3
+REEXECUTED = "SGLANG_WEIGHT_SYNC_REEXECUTED"
+# Set by SGLang for itself; prometheus_client would add this process's metrics to the engine's.
+MULTIPROCESS_METRICS = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. Called by the console script, ``python -m sidecar``, and SGLang's --sidecar."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "torch" in sys.modules:
+    if arguments[:1] == ["serve"] and "torch" in sys.modules and REEXECUTED not in os.environ:
         _become_light(arguments)
     options = _parser().parse_args(arguments)
     command: int = options.run(options)
@@ -36,7 +39,9 @@ def _become_light(arguments: Sequence[str]) -> None:
     home = str(Path(__file__).parent.parent)
     path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
     os.execve(  # noqa: S606 - our own interpreter and our own arguments
-        sys.executable, [sys.executable, "-m", "sidecar", *arguments], {**os.environ, "PYTHONPATH": path}
+        sys.executable,
+        [sys.executable, "-m", "sidecar", *arguments],
+        {**os.environ, "PYTHONPATH": path, REEXECUTED: "1"},
     )
 
 
@@ -64,6 +69,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine-url", required=True, help="the SGLang server, such as http://127.0.0.1:30000")
     parser.add_argument("--listen", required=True, help="unix:/path.sock, or host:port on loopback (port 0: any)")
     parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for the update in hand at SIGTERM")
+    parser.add_argument(
+        "--accept-checkpoint-weights",
+        action="store_true",
+        help="an engine that was restarted is ready with its checkpoint, before its first update",
+    )
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on this loopback port")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     for name in defaults.__dataclass_fields__:
@@ -75,6 +85,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    for name in MULTIPROCESS_METRICS:  # before prometheus_client is imported
+        os.environ.pop(name, None)
     from sidecar.listening import AddressInUseError, private_umask
     from sidecar.server import serve
 
@@ -103,6 +115,7 @@ def _serve_config(options: argparse.Namespace) -> ServeConfig:
         engine_url=options.engine_url,
         listen=parse_address(options.listen),
         timeouts=Timeouts(**phases),
+        accept_checkpoint=options.accept_checkpoint_weights,
         drain_s=options.drain_timeout,
         metrics_port=options.metrics_port,
     )

@@ -76,12 +76,19 @@ class ServeConfig:
     engine_url: str
     listen: Address
     timeouts: Timeouts = field(default_factory=Timeouts)
+    accept_checkpoint: bool = False
+    """Whether an engine that was restarted is ready with its checkpoint's weights."""
     drain_s: float = 30.0
     """At SIGTERM, how long the update in hand may take to end."""
     metrics_port: int | None = None
     """Prometheus text over plain HTTP on this loopback port."""
     max_message_bytes: int = 64 << 20
     """Room for a manifest of about half a million tensors."""
+
+    @property
+    def journal(self) -> Path | None:
+        """Where it is written that an update is being applied; nowhere on TCP, where there is no folder of ours."""
+        return Path(f"{self.listen.path}.journal") if isinstance(self.listen, UnixAddress) else None
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.engine_url)

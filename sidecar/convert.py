@@ -129,13 +129,14 @@ def outcome(update: Update) -> pb.UpdateOutcome:
         cache_flushed=update.cache_flushed,
         error=update.error.message if update.error else "",
         error_reason=update.error.reason if update.error else "",
+        engine_epoch=update.epoch,
     )
     for phase, seconds in update.phase_seconds.items():
         message.phases.add(phase=pb.Phase.ValueType(phase), duration=timedelta(seconds=seconds))
     return message
 
 
-def engine_info(info: EngineInfo) -> pb.EngineInfo:
+def engine_info(info: EngineInfo, epoch: int) -> pb.EngineInfo:
     """The engine, for capabilities and status."""
     return pb.EngineInfo(
         version=info.version,
@@ -144,4 +145,5 @@ def engine_info(info: EngineInfo) -> pb.EngineInfo:
         dialect=info.dialect.name,
         uses_sessions=info.dialect.uses_sessions,
         unsupported_reason=info.unsupported,
+        epoch=epoch,
     )

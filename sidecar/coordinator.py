@@ -23,8 +23,10 @@ from sidecar.config import Timeouts
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import SyncError, UpdateConflict
 from sidecar.history import UpdateHistory
+from sidecar.journal import Journal
 from sidecar.manifest_store import KnownManifest
 from sidecar.memory import Memory
+from sidecar.served import ServedWeights
 from sidecar.update import Header, Phase, Update, UpdateState
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class SidecarState(IntEnum):
     APPLYING = 4
     DIRTY = 5
     DRAINING = 6
+    UNSYNCED = 7
 
 
 class WatchedEngine(Engine, Protocol):
@@ -60,6 +63,13 @@ class WatchedEngine(Engine, Protocol):
         """What it last said about itself; None while it cannot be reached."""
 
     @property
+    def epoch(self) -> int:
+        """Counts its lives; 0 until it was seen."""
+
+    def assume_paused(self) -> None:
+        """A predecessor of this process has paused it."""
+
+    @property
     def weight_version(self) -> str:
         """What its answers carry."""
 
@@ -76,6 +86,8 @@ class Coordinator:
         timeouts: Timeouts,
         on_change: Callable[[], None] = lambda: None,
         on_ended: Callable[[Update], None] = lambda _: None,
+        journal: Journal | None = None,
+        accept_checkpoint: bool = False,
     ) -> None:
         self._engine = engine
         self._timeouts = timeouts
@@ -90,7 +102,7 @@ class Coordinator:
         self._applying: asyncio.Task[None] | None = None
         self._collect_timer: asyncio.TimerHandle | None = None
         self._draining = False
-        self._dirty: SyncError | None = None
+        self._served = ServedWeights(engine, journal or Journal(None), accept_checkpoint=accept_checkpoint)
 
     # What anyone may ask.
 
@@ -103,34 +115,44 @@ class Coordinator:
             return SidecarState.APPLYING
         if self._engine.info is None:
             return SidecarState.ENGINE_UNREACHABLE
-        if self._dirty:
+        if self._served.dirty:
             return SidecarState.DIRTY
-        return SidecarState.COLLECTING if self._current else SidecarState.READY
+        if self._current:
+            return SidecarState.COLLECTING
+        return SidecarState.UNSYNCED if self._served.unsynced else SidecarState.READY
 
     @property
     def reason(self) -> str:
         """Why updates or answers are held up, where they are."""
-        if self._dirty:
-            return self._dirty.message
         if self._engine.info is None:
             return self._engine.problem or f"the engine at {self._engine.url} has not answered yet"
+        if self._served.dirty:
+            return self._served.dirty.message
+        if self._served.unsynced:
+            return "the engine was restarted and serves its checkpoint; send a complete update"
         return self._engine.info.unsupported
 
     @property
     def ready(self) -> bool:
         """Whether the engine serves the weights of one version, and updates are welcome."""
-        info = self._engine.info
-        return not self._draining and self._dirty is None and info is not None and not info.unsupported
+        info, served = self._engine.info, self._served
+        in_step = served.dirty is None and not served.unsynced
+        return not self._draining and in_step and info is not None and not info.unsupported
 
     @property
     def weight_version(self) -> str:
         """What the engine serves; empty while that is no one version."""
-        return "" if self._dirty else self._engine.weight_version
+        return "" if self._served.dirty or self._engine.info is None else self._engine.weight_version
 
     @property
     def engine(self) -> EngineInfo | None:
         """The engine, while it can be reached."""
         return self._engine.info
+
+    @property
+    def epoch(self) -> int:
+        """Which of the engine's lives this is."""
+        return self._engine.epoch
 
     @property
     def current(self) -> Update | None:
@@ -221,7 +243,7 @@ class Coordinator:
             update.abort_request = refusals.draining()
             self.changed()
             await asyncio.wait([applying], timeout=BREAK_OFF_S)
-        return update.state is UpdateState.COMMITTED
+        return update.state in (UpdateState.COMMITTED, UpdateState.ABORTED)
 
     # Joining an update.
 
@@ -233,28 +255,36 @@ class Coordinator:
         update = self._find_or_start(header, known, info.device)
         self._agree(update, header, known)
         if not update.state.ended:
-            admission.check_own_gpu(handles, header.rank, update.deliveries)
+            admission.check_own_memory(handles, header.rank, update.deliveries)
             update.join(header.rank)
             self.changed()
         return update
 
     async def _engine_info(self) -> EngineInfo:
+        info = self._engine.info or await self._engine.probe()
         if self._draining:
             raise refusals.draining()
-        info = self._engine.info or await self._engine.probe()
         if info.unsupported:
             raise refusals.unsupported_engine(self._engine.url, info.unsupported)
         return info
 
     def _find_or_start(self, header: Header, known: KnownManifest, device: str) -> Update:
         existing = self._updates.get(header.update_id)
-        if existing and existing.state is not UpdateState.ABORTED:
+        if existing and existing.state not in (UpdateState.ABORTED, UpdateState.FAILED):
             return existing
         if self._current:
             raise refusals.in_progress(self._current, header)
-        update = Update(header, known.manifest, known.digest, device, started=time.monotonic())
+        self._check_version(header)
+        update = Update(header, known.manifest, known.digest, device, self._engine.epoch, started=time.monotonic())
         self._start(update, known)
         return update
+
+    def _check_version(self, header: Header) -> None:
+        """Versions are unique in an engine's life, and increase where they are decimal numbers."""
+        new, served = header.weight_version, self._engine.weight_version
+        backwards = new.isdecimal() and served.isdecimal() and int(new) <= int(served)
+        if new == served or backwards or self._updates.committed(new, self._engine.epoch):
+            raise refusals.version_not_new(header, served)
 
     def _start(self, update: Update, known: KnownManifest) -> None:
         self._current, self._manifest = update, known
@@ -273,11 +303,14 @@ class Coordinator:
                 self._give_up(update, difference)
             raise
 
-    @staticmethod
-    def _check_repeated(update: Update, rank: int, handles: Mapping[int, Memory]) -> None:
+    def _check_repeated(self, update: Update, rank: int, handles: Mapping[int, Memory]) -> None:
         """Only the very call that was made before gets its answer again: other memory means other weights."""
         before = update.deliveries.get(rank)
-        if before is None or any(before.handles.get(bucket) != memory for bucket, memory in handles.items()):
+        if (
+            update.epoch != self._engine.epoch
+            or before is None
+            or any(before.handles.get(bucket) != memory for bucket, memory in handles.items())
+        ):
             raise refusals.id_reused(update, rank)
 
     def _joined(self, update_id: str, rank: int) -> Update:
@@ -289,7 +322,7 @@ class Coordinator:
     @staticmethod
     def _admit(update: Update, rank: int, handles: Mapping[int, Memory]) -> None:
         admission.check_handles(handles, update.manifest, rank, update.device)
-        admission.check_own_gpu(handles, rank, update.deliveries)
+        admission.check_own_memory(handles, rank, update.deliveries)
 
     # From collecting to an end.
 
@@ -304,8 +337,9 @@ class Coordinator:
 
     async def _apply(self, update: Update) -> None:
         assert self._manifest is not None
+        self._served.touching(update)
         try:
-            await self._applier.apply(update, self._manifest.payloads, dirty=self._dirty is not None)
+            await self._applier.apply(update, self._manifest.payloads, dirty=self._served.dirty is not None)
         except Exception as bug:  # the edge of a task that nobody awaits: it must not vanish
             logger.exception("update %s: a defect in the sidecar", update.id)
             update.end(UpdateState.FAILED, refusals.defect(update, bug))
@@ -319,10 +353,7 @@ class Coordinator:
 
     def _ended(self, update: Update) -> None:
         self._current = self._manifest = self._applying = None
-        if update.state is UpdateState.COMMITTED:
-            self._dirty = None
-        elif update.state is UpdateState.FAILED:
-            self._dirty = update.error
+        self._served.ended(update)
         logger.info(
             "update %s (version %s): %s%s",
             update.id,
@@ -339,6 +370,11 @@ class Coordinator:
             self._collect_timer = None
 
     # Waiting.
+
+    def engine_changed(self) -> None:
+        """The watch has seen something new."""
+        self._served.engine_seen()
+        self.changed()
 
     def changed(self) -> None:
         """Wake everyone who waits, to look again."""
@@ -383,6 +419,9 @@ class Coordinator:
             raise refusals.missing(update, missing(), what, seconds) from None
         if update.abort_request:
             raise update.abort_request
+        if bucket < update.num_buckets:  # delivered a while ago, perhaps: a handle that has gone kills the engine
+            for rank, memory in enumerate(update.memories(bucket)):
+                admission.check_handles({bucket: memory}, update.manifest, rank, update.device)
 
     def _caller_deadline(self, update: Update, seconds: float) -> None:
         """A caller's time is over: a collecting update is given up for all, an applied one goes on."""
@@ -413,7 +452,11 @@ class Coordinator:
                 del self._callers[key]
 
     def _caller_gone(self, update: Update, rank: int, bucket: int | None) -> None:
+        """Memory that was not posted yet must not be posted any more: it may be gone with its owner."""
+        error = refusals.caller_gone(update, rank)
+        last = update.num_buckets - 1 if bucket is None else bucket
         if update.state is UpdateState.COLLECTING:
-            self._give_up(update, refusals.caller_gone(update, rank))
-        elif bucket is not None and update.state is UpdateState.APPLYING and bucket >= update.num_posted:
-            update.withdraw(rank, bucket)
+            self._give_up(update, error)
+        elif update.state is UpdateState.APPLYING and last >= update.num_posted:
+            update.abort_request = error
+            self.changed()

@@ -14,6 +14,7 @@
           x EngineUnreachable UNAVAILABLE          the request never reached the engine
           x EngineRefused     FAILED_PRECONDITION  the engine answered no
           x EngineLost        INTERNAL             sent, and no answer came: its fate is unknown
+          x EngineRestarted   ABORTED              another server answers than the one the update began with
 
 Mapped to gRPC once, in ``interceptors``; engine failures are mapped in once, in ``engine.http``. ``reason`` is
 stable (ErrorInfo.reason); ``details`` repeats every value that the message names (ErrorInfo.metadata).
@@ -53,6 +54,8 @@ class Reason(StrEnum):
     ENGINE_UNREACHABLE = "ENGINE_UNREACHABLE"
     ENGINE_REFUSED = "ENGINE_REFUSED"
     ENGINE_LOST = "ENGINE_LOST"
+    ENGINE_RESTARTED = "ENGINE_RESTARTED"
+    VERSION_NOT_NEW = "VERSION_NOT_NEW"
 
 
 class SyncError(Exception):
@@ -137,3 +140,9 @@ class EngineRefused(EngineError):
 
 class EngineLost(EngineError):
     """The request was sent and no answer came: whether it was carried out is unknown."""
+
+
+class EngineRestarted(EngineError):
+    """Another server answers than the one that the update began with; what it had loaded is gone."""
+
+    status = grpc.StatusCode.ABORTED

@@ -6,7 +6,7 @@ Invariant: an id names at most one update here: the newest attempt.
 from collections import OrderedDict
 
 from sidecar import refusals
-from sidecar.update import Update
+from sidecar.update import Update, UpdateState
 
 KEPT_UPDATES = 64
 
@@ -35,6 +35,14 @@ class UpdateHistory:
         if found is None:
             raise refusals.unknown_update(update_id, self._kept)
         return found
+
+    def committed(self, weight_version: str, epoch: int) -> bool:
+        """Whether that life of the engine has served that version."""
+        return any(
+            update.state is UpdateState.COMMITTED
+            and (update.header.weight_version, update.epoch) == (weight_version, epoch)
+            for update in self._updates.values()
+        )
 
     @property
     def last_ended(self) -> Update | None:

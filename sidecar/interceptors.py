@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 ERROR_DOMAIN = "sglang-weight-sync"
 # Details travel as metadata, which peers limit to 8 KiB.
 MAX_DETAIL = 512
+MAX_MESSAGE = 1500
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -72,6 +73,8 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SyncError) 
     )
     detail = AnyMessage()
     detail.Pack(info)
-    status = rpc_status.to_status(Status(code=error.status.value[0], message=error.message, details=[detail]))
+    status = rpc_status.to_status(
+        Status(code=error.status.value[0], message=error.message[:MAX_MESSAGE], details=[detail])
+    )
     await context.abort(status.code, status.details, status.trailing_metadata)
     raise AssertionError("abort always raises")

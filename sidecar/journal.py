@@ -2,13 +2,13 @@
 
 Written before the engine is touched and removed once the engine serves one version again, so a sidecar that finds one
 knows that its predecessor died, or was stopped, with the engine in between: paused, perhaps with a session open, with
-weights of no one version. An engine of another epoch has forgotten all that, and so has the journal.
+weights of no one version. An engine with another seed has been
+started since and has forgotten all that.
 
 Invariant: the file is replaced as a whole; one that cannot be read says no less than that an update was in hand.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ class Entry:
 
     update_id: str
     weight_version: str
-    engine_epoch: str
+    engine_seed: str
+    """``EngineInfo.seed`` of the server that was touched; empty if unknown."""
 
 
 class Journal:
@@ -33,10 +34,7 @@ class Journal:
         if self._path is None:
             return
         partial = self._path.with_suffix(".partial")
-        with partial.open("w") as file:
-            json.dump(asdict(entry), file)
-            file.flush()
-            os.fsync(file.fileno())
+        partial.write_text(json.dumps(asdict(entry)))
         partial.replace(self._path)
 
     def clear(self) -> None:
@@ -51,4 +49,4 @@ class Journal:
         try:
             return Entry(**json.loads(self._path.read_text()))
         except (ValueError, TypeError):
-            return Entry(update_id="unknown", weight_version="unknown", engine_epoch="")
+            return Entry(update_id="unknown", weight_version="unknown", engine_seed="")

@@ -22,7 +22,10 @@ def listen(server: grpc.aio.Server, address: Address) -> Address:
     match address:
         case UnixAddress(path):
             _lock(path)
-            server.add_insecure_port(str(address))
+            try:
+                server.add_insecure_port(str(address))
+            except RuntimeError as error:
+                raise AddressInUseError(f"cannot listen on {address}; is it a folder, or not ours to write?") from error
             return address
         case TcpAddress(host):
             try:

@@ -8,6 +8,7 @@ Facts borrowed: torch's CUDA IPC handle is 64 bytes, or since 2.5 a version byte
 /dev/shm that begins with a header of 64 bytes (seen with torch 2.13 and 2.14).
 """
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,9 @@ from sidecar.errors import InvalidRequest, Reason
 SHM_DIRECTORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives on Linux
 SHM_HEADER_BYTES = 64
 EVENT_HANDLE_BYTES = 64
+COUNTER_BYTES = 8
+STORAGE_ALIGNMENT = 16  # torch's allocator cuts blocks at multiples of 512
+EXPANDABLE_HEADER_BYTES = 26
 CUDA_HANDLE_BYTES = 64
 CUDA_MALLOC, CUDA_EXPANDABLE_SEGMENT = ord("c"), ord("e")
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -74,10 +78,13 @@ def _check_cuda(memory: CudaIpcMemory, where: str) -> None:
     if memory.event_sync_required and len(memory.event_handle) != EVENT_HANDLE_BYTES:
         length = len(memory.event_handle)
         raise _invalid(where, f"event_handle has {length} bytes instead of {EVENT_HANDLE_BYTES}")
-    if not memory.ref_counter_handle.startswith("/") or len(memory.ref_counter_handle) > 255:
-        raise _invalid(where, f"ref_counter_handle {memory.ref_counter_handle[:64]!r} names no shared-memory file")
-    if memory.storage_offset_bytes < 0 or memory.ref_counter_offset < 0:
-        raise _invalid(where, "storage_offset_bytes and ref_counter_offset must not be negative")
+    if (
+        memory.storage_offset_bytes % STORAGE_ALIGNMENT
+        or max(memory.storage_offset_bytes, memory.size_bytes) >= 1 << 63
+    ):
+        problem = f"storage_offset_bytes {memory.storage_offset_bytes} and storage_size_bytes {memory.size_bytes} are "
+        raise _invalid(where, problem + f"no place in memory; the offset must be a multiple of {STORAGE_ALIGNMENT}")
+    _check_counter(memory, where)
     if not GPU_UUID.fullmatch(memory.device_uuid):
         raise _invalid(where, f"device_uuid {memory.device_uuid[:64]!r} is not a GPU's UUID")
     here = visible_gpu_uuids()
@@ -90,27 +97,53 @@ def _is_cuda_handle(handle: bytes) -> bool:
         return True
     if len(handle) == CUDA_HANDLE_BYTES + 2 and handle[1] == CUDA_MALLOC:
         return True
-    return len(handle) > 26 and handle[1] == CUDA_EXPANDABLE_SEGMENT
+    segments = len(handle) - EXPANDABLE_HEADER_BYTES
+    return segments > 0 and segments % 4 == 0 and handle[1] == CUDA_EXPANDABLE_SEGMENT
+
+
+def _check_counter(memory: CudaIpcMemory, where: str) -> None:
+    """The engine writes to this slot without looking: a wrong one is a crash, or another tensor's counter."""
+    length = _length_of(memory.ref_counter_handle, "reference counters", where)
+    position = SHM_HEADER_BYTES + COUNTER_BYTES * memory.ref_counter_offset
+    if position + COUNTER_BYTES > length:
+        raise _invalid(where, f"ref_counter_offset {memory.ref_counter_offset} is past the end of the counters' file")
+    with (SHM_DIRECTORY / memory.ref_counter_handle[1:]).open("rb") as file:
+        file.seek(position)
+        count = int.from_bytes(file.read(COUNTER_BYTES), "little")
+    if count != 1:
+        raise _invalid(where, f"the reference count of this handle is {count} instead of 1: export the memory anew")
 
 
 def _check_shared(memory: SharedMemory, where: str) -> None:
     """Opening a missing file or manager raises in the engine, so look first."""
-    if not _is_shared_memory_name(memory.name):
-        raise _invalid(where, f"shared memory name {memory.name[:64]!r} is not of the form /name")
-    file = SHM_DIRECTORY / memory.name[1:]
+    length = _length_of(memory.name, "shared memory", where)
+    if length < memory.size_bytes + SHM_HEADER_BYTES:
+        raise _invalid(where, f"shared memory {memory.name} has {length} bytes, too few for {memory.size_bytes}")
+    if not _is_socket(memory.manager_path):
+        problem = f"cannot see torch_shm_manager's socket {memory.manager_path[:128]!r}"
+        raise _invalid(where, f"{problem}; trainer and engine must share the temporary directory")
+
+
+def _length_of(name: str, what: str, where: str) -> int:
+    """The length of a file in /dev/shm that this user, and so the engine, can open."""
+    if not _is_shared_memory_name(name):
+        raise _invalid(where, f"{what}: {name[:64]!r} is not of the form /name")
+    file = SHM_DIRECTORY / name[1:]
     try:
         status = file.stat()
     except OSError as error:
-        problem = f"cannot see shared memory {memory.name} ({error.strerror}); trainer and engine must share /dev/shm"
+        problem = f"{what}: cannot see {name} ({error.strerror}); trainer and engine must share /dev/shm"
         raise _invalid(where, problem) from error
-    if not S_ISREG(status.st_mode):
-        raise _invalid(where, f"shared memory {memory.name} is no file")
-    if status.st_size < memory.size_bytes + SHM_HEADER_BYTES:
-        length = status.st_size
-        raise _invalid(where, f"shared memory {memory.name} has {length} bytes, too few for {memory.size_bytes}")
-    if not Path(memory.manager_path).is_socket():
-        problem = f"cannot see torch_shm_manager's socket {memory.manager_path[:128]!r}"
-        raise _invalid(where, f"{problem}; trainer and engine must share the temporary directory")
+    if not S_ISREG(status.st_mode) or not os.access(file, os.R_OK | os.W_OK):
+        raise _invalid(where, f"{what}: {name} is no file that this user may open; run trainer and engine as one user")
+    return status.st_size
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return Path(path).is_socket()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False
 
 
 def _is_shared_memory_name(name: str) -> bool:

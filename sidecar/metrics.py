@@ -1,4 +1,4 @@
-"""Prometheus metrics, in a registry of their own so that an engine's multiprocess settings do not reach them.
+"""Prometheus metrics, in a registry of their own; ``cli`` drops SGLang's multiprocess settings before this is imported.
 
 Invariant: label values are few and fixed (states, phases); update ids, versions and ranks are never labels.
 """

@@ -58,13 +58,15 @@ def aborted_by(update: Update, rank: int, why: str) -> UpdateConflict:
 
 def caller_gone(update: Update, rank: int) -> UpdateConflict:
     """A rank's call ended before its memory was used."""
-    message = f"update {update.id!r}: rank {rank} cancelled its call, or died, before all ranks had delivered; "
-    return UpdateConflict(Reason.UPDATE_ABORTED, message + UNTOUCHED, updateId=update.id, rank=rank)
+    message = f"update {update.id!r}: rank {rank} cancelled its call, or died, before the engine had its memory"
+    if update.num_posted == 0:
+        message += f"; {UNTOUCHED}"
+    return UpdateConflict(Reason.UPDATE_ABORTED, message, updateId=update.id, rank=rank)
 
 
 def draining() -> Draining:
     """The sidecar is on its way out."""
-    return Draining(Reason.DRAINING, "the sidecar is stopping and takes no new update; try its successor")
+    return Draining(Reason.DRAINING, f"the sidecar is stopping and takes no new update; try its successor; {UNTOUCHED}")
 
 
 def unsupported_engine(url: str, why: str) -> UnsuitableEngine:
@@ -103,6 +105,22 @@ def still_applying(update: Update) -> DeadlinePassed:
     message = f"update {update.id!r} is still being applied (phase {update.phase.name.lower()}, bucket "
     message += f"{update.num_loaded} of {update.num_buckets}); it goes on: ask for its outcome with GetUpdate"
     return DeadlinePassed(Reason.STILL_APPLYING, message, updateId=update.id, phase=update.phase.name)
+
+
+def left_unfinished(update_id: str) -> UpdateFailed:
+    """What a predecessor of this process has left."""
+    message = f"a sidecar before this one ended while it applied update {update_id!r}; generation stays paused until a "
+    message += "complete update is loaded"
+    return UpdateFailed(Reason.UPDATE_FAILED, message, updateId=update_id)
+
+
+def version_not_new(header: Header, served: str) -> InvalidRequest:
+    """A version that was served before, or that would go backwards."""
+    message = f"rank {header.rank}: weight_version {header.weight_version!r} does not come after {served!r}, which the "
+    message += "engine has served; versions are unique, and increase where they are decimal numbers"
+    return InvalidRequest(
+        Reason.VERSION_NOT_NEW, message, rank=header.rank, version=header.weight_version, served=served
+    )
 
 
 def defect(update: Update, bug: Exception) -> UpdateFailed:

@@ -21,6 +21,7 @@ from sidecar.engine.sglang import SGLangEngine
 from sidecar.engine.watch import EngineWatch
 from sidecar.health import Health
 from sidecar.interceptors import ErrorInterceptor
+from sidecar.journal import Journal
 from sidecar.listening import listen
 from sidecar.manifest_store import ManifestStore
 from sidecar.metrics import Metrics
@@ -39,8 +40,15 @@ class SidecarServer:
         self._config = config
         self._engine = SGLangEngine(config.engine_url, config.timeouts)
         self._metrics = Metrics()
-        self._coordinator = Coordinator(self._engine, config.timeouts, self._changed, self._metrics.ended)
-        self._watch = EngineWatch(self._engine, config.timeouts, self._changed)
+        self._coordinator = Coordinator(
+            self._engine,
+            config.timeouts,
+            self._changed,
+            self._metrics.ended,
+            Journal(config.journal),
+            accept_checkpoint=config.accept_checkpoint,
+        )
+        self._watch = EngineWatch(self._engine, self._coordinator.engine_changed)
         self._health = Health()
         self._state_changed = asyncio.Event()
         self._stop = asyncio.Event()
@@ -81,7 +89,6 @@ class SidecarServer:
         if not clean:
             logger.error("stopping in the middle of an update: the engine is left paused, with mixed weights")
         await self._server.stop(STOP_GRACE_S)
-        self._watch.close()
         self._engine.close()
         return clean
 

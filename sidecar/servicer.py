@@ -35,10 +35,11 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
             sidecar_version=__version__,
             features=FEATURES,
             dtypes=DTYPES,
-            engine=convert.engine_info(engine) if engine else None,
+            engine=convert.engine_info(engine, self._coordinator.epoch) if engine else None,
         )
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
+        convert.refuse_unknown_fields(request)
         now = self._coordinator
         return pb.GetStatusResponse(
             state=pb.SidecarState.ValueType(now.state),
@@ -46,7 +47,7 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
             weight_version=now.weight_version,
             current_update=convert.outcome(now.current) if now.current else None,
             last_update=convert.outcome(now.last) if now.last else None,
-            engine=convert.engine_info(now.engine) if now.engine else None,
+            engine=convert.engine_info(now.engine, now.epoch) if now.engine else None,
         )
 
     async def UpdateWeights(self, request: pb.UpdateWeightsRequest, context: Context) -> pb.UpdateWeightsResponse:
@@ -82,6 +83,7 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
         return pb.AbortUpdateResponse(outcome=convert.outcome(update))
 
     async def GetUpdate(self, request: pb.GetUpdateRequest, context: Context) -> pb.GetUpdateResponse:
+        convert.refuse_unknown_fields(request)
         return pb.GetUpdateResponse(outcome=convert.outcome(self._coordinator.find(request.update_id)))
 
     async def _manifest(self, reference: pb.ManifestReference, rank: int) -> KnownManifest:

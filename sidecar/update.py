@@ -108,6 +108,8 @@ class Update:
     digest: str
     device: str = "cpu"
     """The engine's, when the update began: the kind of memory that every rank must send."""
+    epoch: int = 0
+    """The life of the engine that it is for."""
     started: float = 0.0
     """On the coordinator's clock."""
     state: UpdateState = UpdateState.COLLECTING
@@ -158,11 +160,6 @@ class Update:
             message = f"rank {rank} has already delivered bucket {bucket} of update {self.id!r}, from other memory; "
             message += "are two trainers running with the same rank?"
             raise RankAlreadyDelivered(Reason.RANK_DELIVERED_TWICE, message, rank=rank, bucket=bucket, updateId=self.id)
-
-    def withdraw(self, rank: int, bucket: int) -> None:
-        """Forget a handle whose owner has gone; only for a bucket that was not posted."""
-        assert bucket >= self.num_posted, "a posted bucket cannot be taken back"
-        self.deliveries[rank].handles.pop(bucket, None)
 
     def waiting_for(self, bucket: int) -> list[int]:
         """Ranks that have not delivered ``bucket``, in order."""

@@ -41,6 +41,8 @@ class EngineInfo:
     device: str
     """"cuda" or "cpu"."""
     dialect: Dialect
+    seed: str = ""
+    """random_seed: new at every start of the server, unless it was set."""
     unsupported: str = ""
     """Why it cannot be updated at all; empty if it can."""
 
@@ -54,6 +56,7 @@ def parse(server_info: Mapping[str, Any]) -> EngineInfo:
         tp_size=_number(server_info, "tp_size"),
         device=str(server_info.get("device") or "cuda"),
         dialect=dialect,
+        seed=str(server_info.get("random_seed", "")),
         unsupported=unsupported or _unsupported_layout(server_info),
     )
 
@@ -78,6 +81,12 @@ def _unsupported_layout(server_info: Mapping[str, Any]) -> str:
         return "pipeline parallelism (pp_size > 1): every stage would open the same memory handle"
     if _number(server_info, "dp_size") > 1 and not server_info.get("enable_dp_attention"):
         return "data-parallel replicas (dp_size > 1): give each replica its own server and sidecar"
+    if _number(server_info, "nnodes") > 1:
+        return "several nodes (nnodes > 1): a memory handle opens on its own host only"
+    if server_info.get("quantization") not in (None, "", "unquant"):
+        return f"quantization {server_info['quantization']!r}: SGLang rebuilds such weights in place and may die of it"
+    if server_info.get("speculative_algorithm"):
+        return "speculative decoding: the target's tensors would be loaded into the draft model as well"
     if server_info.get("weight_cache_mode") not in (None, "off"):
         return "--weight-cache-mode is on: SGLang dies on an update; start it with off"
     if server_info.get("frontend") not in (None, "python"):

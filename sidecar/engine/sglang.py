@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from sidecar import payload
 from sidecar.config import Timeouts
 from sidecar.engine.http import EngineHttp
-from sidecar.engine.info import Dialect, EngineInfo, parse
-from sidecar.errors import EngineError, EngineRefused
+from sidecar.engine.info import DIALECTS, Dialect, EngineInfo, parse
+from sidecar.errors import EngineLost, EngineRefused, EngineRestarted, EngineUnreachable, Reason
 from sidecar.update import PauseMode
 
 # A refused flush is tried again at this pace: requests may be on their way out.
-FLUSH_RETRY_S = 0.25
+RETRY_S = 0.25
 IDEMPOTENT_TRIES = 3
 SESSION_ALREADY_OPEN = "already open"
 
@@ -26,30 +26,61 @@ class SGLangEngine:
     """One SGLang server; the coordinator's ``Engine``."""
 
     def __init__(self, url: str, timeouts: Timeouts) -> None:
-        self._http = EngineHttp(url)
+        self._steps = EngineHttp(url)
+        self._looks = EngineHttp(url)  # of its own, so that a long load hides nothing
         self._timeouts = timeouts
         self.info: EngineInfo | None = None
+        self.epoch = 0
+        """How many lives of the server were seen: counts up whenever another one answers than before."""
         self.weight_version = ""
         """What answers carry, as last seen or published."""
-        self.num_published = 0
         self.problem = ""
         """Why ``info`` is None, in a sentence."""
+        self.suspect = False
+        """Whether a step got no answer, so that the server may be another one by now."""
+        self._num_published = 0
+        self._last_info: EngineInfo | None = None
         self._paused = False
+        self._bound: tuple[int, Dialect] = (0, DIALECTS[0])
+        """The epoch that the update in hand began with, and the rules it follows."""
 
     @property
     def url(self) -> str:
         """Where the server listens."""
-        return self._http.url
+        return self._steps.url
 
     async def probe(self) -> EngineInfo:
-        """Ask the server what it is. Not while an update runs: /server_info waits for the scheduler."""
-        self.info = parse(await self._http.get("/server_info", self._timeouts.probe))
-        return self.info
+        """Ask the server what it is, and notice if it is another one than before; raises ``EngineError``."""
+        published = self._num_published
+        info = parse(await self._looks.get("/server_info", self._timeouts.probe))
+        version = await self._ask_weight_version()
+        same_version = version == self.weight_version or self._num_published != published
+        if info != self._last_info or not same_version:
+            self.epoch += 1
+            self._paused = False
+            self.weight_version = version
+        self.info = self._last_info = info
+        self.suspect = False
+        return info
 
-    async def ask_weight_version(self) -> str:
-        """What the server reports; answered without its scheduler, so at any time."""
-        info = await self._http.get("/model_info", self._timeouts.probe)
+    async def look(self) -> None:
+        """See that the server is there and what it serves; answered without its scheduler, so at any time."""
+        published = self._num_published
+        version = await self._ask_weight_version()
+        if self._num_published == published:  # otherwise the answer may be older than what is known
+            self.weight_version = version
+
+    async def _ask_weight_version(self) -> str:
+        info = await self._looks.get("/model_info", self._timeouts.probe)
         return str(info.get("weight_version") or "")
+
+    def gone(self, why: str) -> None:
+        """It does not answer: whether what comes back is the same server is seen by the next ``probe``."""
+        self.info, self.problem = None, why
+
+    def assume_paused(self) -> None:
+        """A predecessor of this process has paused the server."""
+        self._paused = True
 
     async def pause(self, mode: PauseMode) -> None:
         """Hold generation; the mode says what happens to running requests.
@@ -58,9 +89,12 @@ class SGLangEngine:
         end, and blocks /continue_generation (SGLang 0.5.23, managers/tokenizer_control_mixin.py). Some pause is always
         asked for: a server that was started again meanwhile is not paused.
         """
+        if self.info is None:
+            raise EngineUnreachable(Reason.ENGINE_UNREACHABLE, self.problem, engineUrl=self.url)
+        self._bound = (self.epoch, self.info.dialect)
         if self._paused and mode is PauseMode.ABORT:
             mode = PauseMode.RETRACT
-        await self._http.post("/pause_generation", {"mode": mode.value}, self._timeouts.pause)
+        await self._post("/pause_generation", {"mode": mode.value}, self._timeouts.pause)
         self._paused = True
 
     async def begin(self) -> None:
@@ -76,7 +110,7 @@ class SGLangEngine:
             await self._begin()
 
     async def _begin(self) -> None:
-        await self._http.post("/begin_weight_update", {"selector": "all"}, self._timeouts.session)
+        await self._post("/begin_weight_update", {"selector": "all"}, self._timeouts.session)
 
     async def load(self, entries: Sequence[bytes]) -> None:
         """Load one bucket: ``entries`` has one pickle per TP rank, in rank order."""
@@ -87,12 +121,12 @@ class SGLangEngine:
         }
         if self._dialect.has_selector:
             body["selector"] = "all"
-        await self._http.post("/update_weights_from_tensor", body, self._timeouts.load)
+        await self._post("/update_weights_from_tensor", body, self._timeouts.load)
 
     async def end(self) -> None:
         """Close the session, where this release has one: the engine finishes what it derives from the weights."""
         if self._dialect.uses_sessions:
-            await self._http.post("/end_weight_update", {}, self._timeouts.session)
+            await self._post("/end_weight_update", {}, self._timeouts.session)
 
     async def flush(self, patience_s: float) -> bool:
         """Empty the prefix cache; False if the engine refused for ``patience_s`` because requests are in its way.
@@ -102,11 +136,11 @@ class SGLangEngine:
         give_up = time.monotonic() + min(patience_s, self._timeouts.flush)
         while True:
             try:
-                await self._http.post("/flush_cache", {}, self._timeouts.flush)
+                await self._post("/flush_cache", {}, self._timeouts.flush)
             except EngineRefused:
-                if time.monotonic() + FLUSH_RETRY_S > give_up:
+                if time.monotonic() + RETRY_S > give_up:
                     return False
-                await asyncio.sleep(FLUSH_RETRY_S)
+                await asyncio.sleep(RETRY_S)
             else:
                 return True
 
@@ -115,34 +149,39 @@ class SGLangEngine:
         body = {"new_version": weight_version, "abort_all_requests": False}
         await self._repeatable("/update_weight_version", body, self._timeouts.publish)
         self.weight_version = weight_version
-        self.num_published += 1
+        self._num_published += 1
 
     async def resume(self) -> None:
         """Let generation go on."""
         await self._repeatable("/continue_generation", {}, self._timeouts.resume)
         self._paused = False
 
-    def gone(self, why: str) -> None:
-        """It cannot be reached any more: whatever comes back is a new server."""
-        self.info, self.problem, self.weight_version = None, why, ""
-        self._paused = False
-
     def close(self) -> None:
-        """Let the connection go."""
-        self._http.close()
+        """Let the connections go."""
+        self._steps.close()
+        self._looks.close()
 
     async def _repeatable(self, path: str, body: dict[str, object], timeout_s: float) -> None:
-        """A call that changes nothing when repeated: a lost answer is asked for again."""
-        for attempt in range(1, IDEMPOTENT_TRIES + 1):
+        """A call that changes nothing when repeated: a lost or bad answer is asked for again."""
+        for _ in range(IDEMPOTENT_TRIES - 1):
             try:
-                return await self._http.post(path, body, timeout_s)
-            except EngineError:
-                if attempt == IDEMPOTENT_TRIES:
-                    raise
-                await asyncio.sleep(FLUSH_RETRY_S)
-        return None
+                return await self._post(path, body, timeout_s)
+            except (EngineLost, EngineRefused):
+                await asyncio.sleep(RETRY_S)
+        return await self._post(path, body, timeout_s)
+
+    async def _post(self, path: str, body: dict[str, object], timeout_s: float) -> None:
+        """A step of the update in hand, for the very server that it began with."""
+        if self.epoch != self._bound[0]:
+            message = f"the engine at {self.url} was restarted during the update and has lost what was loaded; "
+            message += "send the update again"
+            raise EngineRestarted(Reason.ENGINE_RESTARTED, message, engineUrl=self.url)
+        try:
+            await self._steps.post(path, body, timeout_s)
+        except (EngineLost, EngineUnreachable):
+            self.suspect = True
+            raise
 
     @property
     def _dialect(self) -> Dialect:
-        assert self.info is not None, "the coordinator probes before it applies"
-        return self.info.dialect
+        return self._bound[1]

@@ -2,14 +2,13 @@
 
 Invariant: ``info`` of the watched engine is None exactly while it cannot be reached; a server that came back is
 asked anew what it is. Looks at ``/model_info`` only, which neither generates a token (as ``/health`` does, and then
-answers 503 while paused) nor waits for the scheduler. Uses a connection of its own, so a long load hides nothing.
+answers 503 while paused) nor waits for the scheduler.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable
 
-from sidecar.config import Timeouts
 from sidecar.engine.sglang import SGLangEngine
 from sidecar.errors import EngineError
 
@@ -23,9 +22,8 @@ MISSES_UNTIL_GONE = 3
 class EngineWatch:
     """A loop that looks at one engine."""
 
-    def __init__(self, engine: SGLangEngine, timeouts: Timeouts, on_change: Callable[[], None]) -> None:
+    def __init__(self, engine: SGLangEngine, on_change: Callable[[], None]) -> None:
         self._engine = engine
-        self._eye = SGLangEngine(engine.url, timeouts)
         self._on_change = on_change
         self._misses = 0
 
@@ -37,37 +35,26 @@ class EngineWatch:
 
     async def look(self) -> None:
         """Look once, and tell if anything is different."""
-        before = (self._engine.info, self._engine.weight_version)
+        before = self._seen()
         try:
-            await self._look_at_version()
-            if self._engine.info is None:
-                self._engine.info = await self._eye.probe()
-                logger.info("engine %s: SGLang %s, tp_size %d", self._eye.url, *_named(self._engine))
+            if self._engine.info is None or self._engine.suspect or self._misses:  # restarted between two looks?
+                info = await self._engine.probe()
+                logger.info("engine %s: SGLang %s, tp_size %d", self._engine.url, info.version, info.tp_size)
+            else:
+                await self._engine.look()
             self._misses = 0
         except EngineError as error:
             self._missed(error)
-        if before != (self._engine.info, self._engine.weight_version):
+        if before != self._seen():
             self._on_change()
 
-    def close(self) -> None:
-        """Let the connection go."""
-        self._eye.close()
-
-    async def _look_at_version(self) -> None:
-        published = self._engine.num_published
-        seen = await self._eye.ask_weight_version()
-        if self._engine.num_published == published:  # otherwise the answer may be older than what is known
-            self._engine.weight_version = seen
+    def _seen(self) -> tuple[object, ...]:
+        return self._engine.info, self._engine.epoch, self._engine.weight_version
 
     def _missed(self, error: EngineError) -> None:
         self._misses += 1
-        if self._engine.info is not None and self._misses >= MISSES_UNTIL_GONE:
+        if self._engine.info is None:
+            self._engine.problem = error.message
+        elif self._misses >= MISSES_UNTIL_GONE:
             logger.warning("engine gone: %s", error.message)
             self._engine.gone(error.message)
-        elif self._engine.info is None:
-            self._engine.problem = error.message
-
-
-def _named(engine: SGLangEngine) -> tuple[str, int]:
-    assert engine.info is not None
-    return engine.info.version, engine.info.tp_size

@@ -6,7 +6,7 @@ The contract between a trainer's ranks and the weight-sync sidecar that runs bes
 No message carries pickled or otherwise opaque data: a tensor is described as a place in memory, and the
 engine reads that memory itself. A new kind of memory is a new member of MemoryHandle's oneof.
 
-Every error is a google.rpc.Status with exactly one google.rpc.ErrorInfo (domain "sglang-weight-sync"), whose
+Every refusal is a google.rpc.Status with exactly one google.rpc.ErrorInfo (domain "sglang-weight-sync"), whose
 reason is stable and whose metadata repeats every value that the message names.
 
 A sidecar refuses a request that holds a field it does not know (INVALID_ARGUMENT, reason UNKNOWN_FIELD)
@@ -198,6 +198,8 @@ class _SidecarStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SidecarS
     """An update failed half-way: generation stays paused until the next complete update."""
     SIDECAR_STATE_DRAINING: _SidecarState.ValueType  # 6
     """The sidecar is stopping and takes no new update."""
+    SIDECAR_STATE_UNSYNCED: _SidecarState.ValueType  # 7
+    """The engine was restarted and serves its checkpoint: not ready until a complete update, unless configured so."""
 
 class SidecarState(_SidecarState, metaclass=_SidecarStateEnumTypeWrapper):
     """What an orchestrator cares for."""
@@ -216,6 +218,8 @@ SIDECAR_STATE_DIRTY: SidecarState.ValueType  # 5
 """An update failed half-way: generation stays paused until the next complete update."""
 SIDECAR_STATE_DRAINING: SidecarState.ValueType  # 6
 """The sidecar is stopping and takes no new update."""
+SIDECAR_STATE_UNSYNCED: SidecarState.ValueType  # 7
+"""The engine was restarted and serves its checkpoint: not ready until a complete update, unless configured so."""
 Global___SidecarState: _TypeAlias = SidecarState  # noqa: Y015
 
 class _UpdateState:
@@ -552,11 +556,13 @@ class UpdateHeader(_message.Message):
     TP_SIZE_FIELD_NUMBER: _builtins.int
     PAUSE_MODE_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
-    """Names the update; chosen by the trainer, the same on every rank, at most 128 printable characters. An id whose
-    update was committed or failed is never used again; one that was aborted may be.
+    """Names the update; chosen by the trainer, the same on every rank, at most 128 printable characters. The id of an
+    update that was aborted or failed may be used for the next attempt; that of a committed one never again.
     """
     weight_version: _builtins.str
-    """What the engine reports as weight_version afterwards. A string, as SGLang has it."""
+    """What the engine reports as weight_version afterwards. A string, as SGLang has it; new for every update, and
+    increasing where both the last and the new one are decimal numbers.
+    """
     rank: _builtins.int
     """This call's TP rank: 0 .. tp_size - 1. Its memory is read by the engine's TP rank of the same number."""
     tp_size: _builtins.int
@@ -649,6 +655,7 @@ class EngineInfo(_message.Message):
     DIALECT_FIELD_NUMBER: _builtins.int
     USES_SESSIONS_FIELD_NUMBER: _builtins.int
     UNSUPPORTED_REASON_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """SGLang's release, such as "0.5.23"."""
     tp_size: _builtins.int
@@ -661,6 +668,8 @@ class EngineInfo(_message.Message):
     """Whether loading happens inside begin_weight_update .. end_weight_update."""
     unsupported_reason: _builtins.str
     """Why this engine cannot be updated at all; empty if it can."""
+    epoch: _builtins.int
+    """Which of the engine's lives, counted by this sidecar: another number means that it was restarted."""
     def __init__(
         self,
         *,
@@ -670,10 +679,11 @@ class EngineInfo(_message.Message):
         dialect: _builtins.str = ...,
         uses_sessions: _builtins.bool = ...,
         unsupported_reason: _builtins.str = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dialect", b"dialect", "tp_size", b"tp_size", "unsupported_reason", b"unsupported_reason", "uses_sessions", b"uses_sessions", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dialect", b"dialect", "epoch", b"epoch", "tp_size", b"tp_size", "unsupported_reason", b"unsupported_reason", "uses_sessions", b"uses_sessions", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -789,6 +799,7 @@ class UpdateOutcome(_message.Message):
     PHASES_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     ERROR_REASON_FIELD_NUMBER: _builtins.int
+    ENGINE_EPOCH_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Its id."""
     weight_version: _builtins.str
@@ -809,6 +820,8 @@ class UpdateOutcome(_message.Message):
     """What went wrong, in a sentence; empty if nothing did."""
     error_reason: _builtins.str
     """ErrorInfo.reason of that."""
+    engine_epoch: _builtins.int
+    """EngineInfo.epoch of the engine that it was for."""
     @_builtins.property
     def waiting_for_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks that it waits for, while it collects or waits for a bucket."""
@@ -831,10 +844,11 @@ class UpdateOutcome(_message.Message):
         phases: _abc.Iterable[Global___PhaseDuration] | None = ...,
         error: _builtins.str = ...,
         error_reason: _builtins.str = ...,
+        engine_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_flushed", b"cache_flushed", "error", b"error", "error_reason", b"error_reason", "manifest_digest", b"manifest_digest", "num_buckets", b"num_buckets", "num_posted", b"num_posted", "phases", b"phases", "state", b"state", "update_id", b"update_id", "waiting_for_ranks", b"waiting_for_ranks", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_flushed", b"cache_flushed", "engine_epoch", b"engine_epoch", "error", b"error", "error_reason", b"error_reason", "manifest_digest", b"manifest_digest", "num_buckets", b"num_buckets", "num_posted", b"num_posted", "phases", b"phases", "state", b"state", "update_id", b"update_id", "waiting_for_ranks", b"waiting_for_ranks", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,7 +6,7 @@ The contract between a trainer's ranks and the weight-sync sidecar that runs bes
 No message carries pickled or otherwise opaque data: a tensor is described as a place in memory, and the
 engine reads that memory itself. A new kind of memory is a new member of MemoryHandle's oneof.
 
-Every error is a google.rpc.Status with exactly one google.rpc.ErrorInfo (domain "sglang-weight-sync"), whose
+Every refusal is a google.rpc.Status with exactly one google.rpc.ErrorInfo (domain "sglang-weight-sync"), whose
 reason is stable and whose metadata repeats every value that the message names.
 
 A sidecar refuses a request that holds a field it does not know (INVALID_ARGUMENT, reason UNKNOWN_FIELD)

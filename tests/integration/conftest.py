@@ -2,8 +2,9 @@
 
 import gc
 import os
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -71,11 +72,25 @@ def start(tmp_path: Path) -> Iterator[StartPair]:
 
 @pytest.fixture(scope="session")
 def _engine_on_gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with ScriptedEngine("0.5.15.post1", 2, device="cuda") as engine:
+    with ExitStack() as stack:
+        engine = stack.enter_context(ScriptedEngine("0.5.15.post1", 2, device="cuda"))
+        for name in ("torch_1", "torch_9_8_0", "torch_9_8_1"):
+            stack.enter_context(counters(name))
         pair = Pair(engine, tmp_path_factory.mktemp("cuda"))
         with closing(pair):
             pair.wait_for(pb.SIDECAR_STATE_READY)
             yield pair
+
+
+@contextmanager
+def counters(name: str) -> Iterator[Path]:
+    """A file of torch's reference counters for CUDA memory: two exports, and a slot that is free."""
+    file = Path("/dev/shm") / name
+    file.write_bytes(bytes(64) + struct.pack("<3q", 1, 1, 0))
+    try:
+        yield file
+    finally:
+        file.unlink()
 
 
 @pytest.fixture

@@ -46,7 +46,9 @@ class Refusal:
 class Pair:
     """One engine, one sidecar, one channel to it."""
 
-    def __init__(self, engine: ScriptedEngine, folder: Path, args: Sequence[str] = (), listen: str = "") -> None:
+    def __init__(
+        self, engine: ScriptedEngine, folder: Path, args: Sequence[str] = (), listen: str = "", *, manager: bool = True
+    ) -> None:
         self.engine = engine
         self.folder = folder
         self.target = listen or f"unix:{folder}/sidecar.sock"
@@ -59,7 +61,8 @@ class Pair:
         self.rpc = pb_grpc.WeightSyncServiceStub(self.channel)
         self._mark = 0
         self._manager = socket.socket(socket.AF_UNIX)
-        self._manager.bind(str(folder / "manager.sock"))
+        if manager:  # a second pair in the same folder finds the first one's
+            self._manager.bind(str(folder / "manager.sock"))
         self._files: list[SharedFile] = []
 
     def close(self) -> None:

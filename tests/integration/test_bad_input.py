@@ -57,9 +57,35 @@ def test_a_bad_request_does_not_disturb_an_update_that_is_being_collected(pair: 
         pytest.param(
             "ref_counter_handle",
             "",
-            "rank 1, bucket 0: ref_counter_handle '' names no shared-memory file",
+            "rank 1, bucket 0: reference counters: '' is not of the form /name",
             id="no-counter",
         ),
+        pytest.param(
+            "ref_counter_handle",
+            "/torch_gone",
+            "rank 1, bucket 0: reference counters: cannot see /torch_gone",
+            id="counter-gone",
+        ),
+        pytest.param(
+            "ref_counter_offset",
+            3,
+            "rank 1, bucket 0: ref_counter_offset 3 is past the end of the counters' file",
+            id="counter-outside",
+        ),
+        pytest.param(
+            "ref_counter_offset",
+            2**64 - 1,
+            "rank 1, bucket 0: ref_counter_offset 18446744073709551615 is past the end",
+            id="counter-huge",
+        ),
+        pytest.param(
+            "ref_counter_offset",
+            2,
+            "rank 1, bucket 0: the reference count of this handle is 0 instead of 1: export the memory anew",
+            id="counter-released",
+        ),
+        pytest.param("storage_offset_bytes", 3, "rank 1, bucket 0: storage_offset_bytes 3", id="misaligned-storage"),
+        pytest.param("storage_size_bytes", 2**63, "rank 1, bucket 0: storage_offset_bytes 0", id="huge-storage"),
         pytest.param(
             "storage_size_bytes",
             1,

@@ -145,19 +145,19 @@ BAD = [
     pytest.param(
         shared("name", "/../etc/passwd"),
         "INVALID_HANDLE",
-        HANDLE + "shared memory name '/../etc/passwd' is not of the form",
+        HANDLE + "shared memory: '/../etc/passwd' is not of the form /name",
         id="handle-name",
     ),
     pytest.param(
         shared("name", "/a\0b"),
         "INVALID_HANDLE",
-        HANDLE + "shared memory name '/a\\x00b' is not of the form",
+        HANDLE + "shared memory: '/a\\x00b' is not of the form /name",
         id="handle-null",
     ),
     pytest.param(
         shared("name", "/torch_gone"),
         "INVALID_HANDLE",
-        HANDLE + "cannot see shared memory /torch_gone",
+        HANDLE + "shared memory: cannot see /torch_gone",
         id="handle-gone",
     ),
     pytest.param(

@@ -95,7 +95,7 @@ def test_a_load_that_breaks_off_leaves_the_engine_paused_and_the_next_update_hea
 
 def test_an_update_after_a_failed_one_is_paused_for_but_never_by_an_abort_that_could_not_end(start: StartPair) -> None:
     pair = start()
-    pair.engine.fault(LOAD, Fault.REFUSE)
+    pair.engine.fault(LOAD, Fault.LOSE_REPLY)
     failed_update(pair, "breaks")
     pair.mark()
     requests = [pair.request("heals", rank) for rank in range(2)]
@@ -108,7 +108,7 @@ def test_an_update_after_a_failed_one_is_paused_for_but_never_by_an_abort_that_c
 
 def test_an_incomplete_update_does_not_heal(start: StartPair) -> None:
     pair = start()
-    pair.engine.fault(LOAD, Fault.REFUSE)
+    pair.engine.fault(LOAD, Fault.LOSE_REPLY)
     failed_update(pair, "breaks")
     assert refusal(pair.send(pair.request("one rank"), timeout_s=1.0)).reason == "RANKS_MISSING"
     pair.engine.fault("/pause_generation", Fault.REFUSE)

@@ -156,12 +156,16 @@ def test_a_committed_update_cannot_be_aborted(pair: Pair) -> None:
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOT_ABORTABLE")
 
 
-def test_a_cancelled_push_takes_its_memory_back_and_can_be_made_again(pair: Pair) -> None:
-    pair.begin("taken back", num_buckets=2)
-    push_all(pair, "taken back", 0)
-    lost = pair.push("taken back", 0, 1)
+def test_a_cancelled_push_ends_the_update_since_its_memory_may_be_gone(start: StartPair) -> None:
+    pair = start()
+    pair.begin("given up", num_buckets=2)
+    push_all(pair, "given up", 0)
+    lost = pair.push("given up", 0, 1)
     wait_until(lambda: list(pair.status().current_update.waiting_for_ranks) == [1])
     lost.cancel()
-    wait_until(lambda: list(pair.status().current_update.waiting_for_ranks) == [0, 1])
-    push_all(pair, "taken back", 1)
-    assert [outcome.state for outcome in commit_all(pair, "taken back")] == [pb.UPDATE_STATE_COMMITTED] * 2
+    pair.wait_for(pb.SIDECAR_STATE_DIRTY)
+    outcome = pair.outcome("given up")
+    assert (outcome.state, outcome.num_posted) == (pb.UPDATE_STATE_FAILED, 1)
+    assert "rank 0 cancelled its call, or died, before the engine had its memory" in outcome.error
+    assert pair.is_paused()
+    assert pair.update("complete").state == pb.UPDATE_STATE_COMMITTED

@@ -99,7 +99,12 @@ def test_a_newer_sidecars_unknown_features_and_fields_do_no_harm(tmp_path: Path)
         shared_memory.release(handle.name)
         return committed + b"\xf8\x07\x01"
 
-    methods = {"GetCapabilities": lambda r, c: newer(r, c) + unknown, "UpdateWeights": update_weights}
+    status = pb.GetStatusResponse(state=pb.SIDECAR_STATE_READY, engine=ENGINE).SerializeToString()
+    methods = {
+        "GetCapabilities": lambda r, c: newer(r, c) + unknown,
+        "GetStatus": lambda _r, _c: status + b"\xf8\x07\x01",
+        "UpdateWeights": update_weights,
+    }
     with another_release(tmp_path, methods) as target:
         update(target)
 

@@ -29,7 +29,7 @@ def health(pair: Pair, service: str) -> int:
 
 
 def break_an_update(pair: Pair) -> None:
-    pair.engine.fault(LOAD, Fault.REFUSE)
+    pair.engine.fault(LOAD, Fault.LOSE_REPLY)
     for answer in [pair.send(pair.request("breaks", rank)) for rank in range(2)]:
         assert refusal(answer).reason == "UPDATE_FAILED"
 
@@ -94,10 +94,13 @@ def test_an_engine_that_is_down_makes_the_sidecar_unready_but_not_dead_until_it_
             client.wait_ready(timeout=0.1)
         pair.engine.restart()
         client.wait_ready(timeout=10)
-    wait_until(lambda: health(pair, SERVICE) == SERVING)
     status = pair.status()
     assert (status.engine.version, status.weight_version) == ("0.5.23", "default")
+    assert (status.state, status.engine.epoch) == (pb.SIDECAR_STATE_UNSYNCED, 2)
+    assert "the engine was restarted and serves its checkpoint" in status.reason
+    assert health(pair, SERVICE) == NOT_SERVING
     assert pair.update("back").state == pb.UPDATE_STATE_COMMITTED
+    wait_until(lambda: health(pair, SERVICE) == SERVING)
 
 
 def test_reflection_lists_the_service(pair: Pair) -> None:

@@ -62,7 +62,7 @@ def test_a_rank_that_cancels_ends_the_update_for_all_with_its_name(start: StartP
     leaves.cancel()
     refused = refusal(stays)
     assert (refused.code, refused.reason) == (grpc.StatusCode.ABORTED, "UPDATE_ABORTED")
-    assert "update 'cancelled': rank 1 cancelled its call, or died, before all ranks had delivered" in refused.message
+    assert "update 'cancelled': rank 1 cancelled its call, or died, before the engine had its memory" in refused.message
     pair.assert_untouched()
 
 

@@ -144,7 +144,7 @@ def test_an_outcome_leaves_no_field_of_the_protocol_out() -> None:
     pb.UpdateOutcome.DESCRIPTOR.CopyToProto(fields)
     assert [field.name for field in fields.field] == [
         "update_id", "weight_version", "state", "manifest_digest", "num_buckets", "num_posted", "waiting_for_ranks",
-        "cache_flushed", "phases", "error", "error_reason",
+        "cache_flushed", "phases", "error", "error_reason", "engine_epoch",
     ]  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def test_the_domains_numbers_are_the_protocols(enum: type, domain: type) -> None
 
 
 def test_the_engine_is_described_as_it_was_seen() -> None:
-    message = convert.engine_info(parse({"version": "0.5.23", "tp_size": 2, "device": "cpu", "pp_size": 2}))
-    assert (message.version, message.tp_size, message.device) == ("0.5.23", 2, "cpu")
+    message = convert.engine_info(parse({"version": "0.5.23", "tp_size": 2, "device": "cpu", "pp_size": 2}), epoch=3)
+    assert (message.version, message.tp_size, message.device, message.epoch) == ("0.5.23", 2, "cpu", 3)
     assert (message.dialect, message.uses_sessions) == ("0.5.21", True)
     assert message.unsupported_reason.startswith("pipeline parallelism")

@@ -22,6 +22,7 @@ from adapter.errors import (
 )
 from adapter.exports import Export, HostExport
 from adapter.ledger import ExportLedger
+from sidecar.v1 import weight_sync_pb2 as pb
 from tests.fakes import shared_memory
 
 
@@ -47,7 +48,7 @@ def sent(ledger: ExportLedger) -> tuple[Export, str]:
     export = HostExport(128)
     export.flat.copy_(torch.zeros(128, dtype=torch.uint8))
     name = export.handle().shared_memory.name
-    ledger.hold(export)
+    ledger.hold(export, "update", 0)
     return export, name
 
 
@@ -119,6 +120,36 @@ def test_settling_does_not_wait_again_for_what_outlived_its_patience(ledger: Exp
     started = time.monotonic()
     ledger.settle(patience_s=5.0)
     assert time.monotonic() - started < 1.0
+    assert ledger.unreleased_bytes == 128
+    shared_memory.release(name)
+    ledger.settle()
+
+
+@pytest.mark.parametrize(
+    ("state", "num_posted", "epoch", "released"),
+    [
+        pytest.param(pb.UPDATE_STATE_APPLYING, 0, 1, False, id="still-going-on"),
+        pytest.param(pb.UPDATE_STATE_ABORTED, 0, 1, True, id="aborted"),
+        pytest.param(pb.UPDATE_STATE_FAILED, 0, 1, True, id="failed-before-it"),
+        pytest.param(pb.UPDATE_STATE_FAILED, 1, 1, False, id="failed-with-it"),
+        pytest.param(pb.UPDATE_STATE_FAILED, 1, 2, True, id="the-engine-died-with-it"),
+    ],
+)
+def test_memory_is_taken_back_once_the_sidecar_knows_that_nobody_uses_it(
+    ledger: ExportLedger, state: pb.UpdateState.ValueType, num_posted: int, epoch: int, released: bool
+) -> None:
+    _, name = sent(ledger)
+    outcome = pb.UpdateOutcome(state=state, num_posted=num_posted, engine_epoch=1)
+    ledger.revisit({"update": outcome}.get, epoch)
+    assert (ledger.unreleased_bytes == 0) is released
+    if not released:
+        shared_memory.release(name)
+    ledger.settle()
+
+
+def test_memory_of_an_update_that_the_sidecar_does_not_know_is_kept(ledger: ExportLedger) -> None:
+    _, name = sent(ledger)
+    ledger.revisit(lambda _: None, 1)
     assert ledger.unreleased_bytes == 128
     shared_memory.release(name)
     ledger.settle()

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,15 @@ CUDA = CudaIpcMemory(
     event_handle=bytes(64),
     event_sync_required=True,
 )
+
+
+@pytest.fixture(autouse=True)
+def _counters() -> Iterator[None]:
+    """Torch's file of reference counters: slot 5 is an export that nobody has opened, slot 6 one that was."""
+    file = memories.SHM_DIRECTORY / CUDA.ref_counter_handle[1:]
+    file.write_bytes(bytes(64) + struct.pack("<8q", 0, 0, 0, 0, 0, 1, 0, 2**63 - 1))
+    yield
+    file.unlink()
 
 
 @pytest.fixture
@@ -66,8 +76,19 @@ def test_an_event_is_not_needed_where_none_must_be_waited_for() -> None:
         pytest.param({"memory_handle": b"\x01x" + bytes(64)}, "memory_handle of 66 bytes", id="unknown-type"),
         pytest.param({"memory_handle": b"\x01e" + bytes(10)}, "memory_handle of 12 bytes", id="short-segment"),
         pytest.param({"event_handle": bytes(8)}, "event_handle has 8 bytes instead of 64", id="short-event"),
-        pytest.param({"ref_counter_handle": ""}, "ref_counter_handle '' names no shared-memory file", id="no-counter"),
-        pytest.param({"ref_counter_handle": "x"}, "ref_counter_handle 'x' names no", id="counter-without-slash"),
+        pytest.param({"ref_counter_handle": ""}, "reference counters: '' is not of the form /name", id="no-counter"),
+        pytest.param(
+            {"ref_counter_handle": "x"}, "reference counters: 'x' is not of the form", id="counter-without-slash"
+        ),
+        pytest.param({"ref_counter_handle": "/x/../y"}, "'/x/../y' is not of the form", id="counter-elsewhere"),
+        pytest.param({"ref_counter_handle": "/torch_gone"}, "cannot see /torch_gone", id="counter-gone"),
+        pytest.param({"ref_counter_offset": 8}, "ref_counter_offset 8 is past the end", id="counter-outside"),
+        pytest.param({"ref_counter_offset": 2**64}, "is past the end", id="counter-huge"),
+        pytest.param({"ref_counter_offset": 6}, "the reference count of this handle is 0", id="counter-released"),
+        pytest.param({"storage_offset_bytes": 3}, "storage_offset_bytes 3", id="misaligned-storage"),
+        pytest.param({"storage_offset_bytes": 2**63}, "are no place in memory", id="huge-offset"),
+        pytest.param({"size_bytes": 2**63}, "are no place in memory", id="huge-size"),
+        pytest.param({"memory_handle": b"\x02e" + bytes(26)}, "memory_handle of 28 bytes", id="half-a-segment"),
         pytest.param({"size_bytes": 1023}, "spans 1023 bytes, the bucket needs 1024", id="too-small"),
         pytest.param({"device_uuid": ""}, "device_uuid '' is not a GPU's UUID", id="no-gpu"),
         pytest.param({"device_uuid": "0"}, "device_uuid '0' is not a GPU's UUID", id="an-ordinal"),
@@ -110,7 +131,7 @@ def test_a_name_that_is_none_of_shared_memory_is_refused(name: str, shared: Shar
 
 def test_shared_memory_that_is_not_there_is_refused(shared: SharedMemory) -> None:
     said = refusal(dataclasses.replace(shared, name="/torch_gone"))
-    assert "cannot see shared memory /torch_gone (No such file or directory)" in said
+    assert "shared memory: cannot see /torch_gone (No such file or directory)" in said
     assert "must share /dev/shm" in said
 
 
@@ -132,8 +153,8 @@ def test_memory_smaller_than_its_bucket_is_refused(shared: SharedMemory) -> None
     assert "spans 1024 bytes, the bucket needs 1025" in refusal(shared, needed_bytes=1025)
 
 
-@pytest.mark.parametrize("path", ["", "/nowhere/manager.sock", "/dev/null", "/a\0b"])
+@pytest.mark.parametrize("path", ["", "/nowhere/manager.sock", "/dev/null", "/a\0b", "/" + 100 * "long/"])
 def test_a_manager_that_the_engine_could_not_reach_is_refused(path: str, shared: SharedMemory) -> None:
     said = refusal(dataclasses.replace(shared, manager_path=path))
-    assert f"cannot see torch_shm_manager's socket {path!r}" in said
+    assert f"cannot see torch_shm_manager's socket {path[:128]!r}" in said
     assert "must share the temporary directory" in said

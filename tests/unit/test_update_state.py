@@ -77,16 +77,6 @@ def test_joining_again_forgets_nothing() -> None:
     assert update.waiting_for(0) == []
 
 
-def test_a_bucket_that_was_not_posted_can_be_withdrawn_and_a_posted_one_cannot() -> None:
-    update = delivered(0, 1)
-    update.start_applying()
-    update.num_posted = 1
-    update.withdraw(1, 1)
-    assert update.waiting_for(1) == [1]
-    with pytest.raises(AssertionError, match="a posted bucket cannot be taken back"):
-        update.withdraw(1, 0)
-
-
 def test_applying_cannot_start_while_a_rank_is_missing() -> None:
     update = new_update()
     update.join(0)

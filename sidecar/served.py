@@ -1,0 +1,92 @@
+"""What weights the engine holds, as far as this sidecar knows.
+
+    in step   the first server seen, or one whose last complete update was committed here
+    unsynced  a server that was started again since: it serves its checkpoint
+    dirty     an update broke off half-way, here or in a predecessor: weights of no one version, generation paused
+
+A complete update leads from any of them to "in step"; a restart leads from any to "unsynced". Nothing else leads out
+of dirty. Invariant: the journal says "begun" whenever a SIGKILL of this process would leave the engine in between.
+"""
+
+import logging
+from typing import Protocol
+
+from sidecar import refusals
+from sidecar.engine.info import EngineInfo
+from sidecar.errors import SyncError
+from sidecar.journal import Entry, Journal
+from sidecar.update import Update, UpdateState
+
+logger = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What there is to know of a server's life."""
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What it last said about itself; None while it cannot be reached."""
+
+    @property
+    def epoch(self) -> int:
+        """Counts its lives; 0 until it was seen."""
+
+    def assume_paused(self) -> None:
+        """A predecessor of this process has paused it."""
+
+
+class ServedWeights:
+    """The engine's weights, over its lives."""
+
+    def __init__(self, engine: Engine, journal: Journal, *, accept_checkpoint: bool) -> None:
+        self._engine = engine
+        self._journal = journal
+        self._accept_checkpoint = accept_checkpoint
+        self._left = journal.unfinished()
+        self._in_step_epoch = 1  # the first server that is seen serves what its operator started it with
+        self._failure: tuple[int, SyncError] | None = None
+
+    @property
+    def dirty(self) -> SyncError | None:
+        """Why the engine holds weights of no one version, if it does."""
+        if self._failure and self._failure[0] == self._engine.epoch:
+            return self._failure[1]
+        return None
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether the engine was restarted and has had no complete update since."""
+        return not self._accept_checkpoint and self._engine.epoch > self._in_step_epoch
+
+    def engine_seen(self) -> None:
+        """The engine answers: see whether a predecessor has left it in between."""
+        info, left = self._engine.info, self._left
+        if info is None or left is None:
+            return
+        self._left = None
+        if left.engine_seed in ("", info.seed):
+            logger.warning("update %s of a predecessor was not finished: the engine is dirty", left.update_id)
+            self._failure = (self._engine.epoch, refusals.left_unfinished(left.update_id))
+            self._engine.assume_paused()
+        else:
+            self._journal.clear()
+
+    def touching(self, update: Update) -> None:
+        """``update`` is about to touch the engine."""
+        seed = self._engine.info.seed if self._engine.info else ""
+        entry = Entry(update_id=update.id, weight_version=update.header.weight_version, engine_seed=seed)
+        try:
+            self._journal.begin(entry)
+        except OSError as error:
+            logger.warning("no journal of update %s (%s): a killed sidecar would not be noticed", update.id, error)
+
+    def ended(self, update: Update) -> None:
+        """``update`` is over."""
+        if update.state is UpdateState.COMMITTED:
+            self._in_step_epoch = self._engine.epoch
+            self._failure = None
+        elif update.state is UpdateState.FAILED:
+            assert update.error is not None
+            self._failure = (self._engine.epoch, update.error)
+        if self.dirty is None:
+            self._journal.clear()
