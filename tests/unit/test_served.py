@@ -1,0 +1,115 @@
+"""What weights the engine holds, over its lives and the sidecar's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sidecar import refusals
+from sidecar.engine.info import EngineInfo, parse
+from sidecar.errors import SyncError
+from sidecar.journal import Entry, Journal
+from sidecar.manifest import Manifest
+from sidecar.served import ServedWeights
+from sidecar.update import Header, Update, UpdateState
+
+
+@dataclass
+class Engine:
+    """A server's life, as the watch sees it."""
+
+    info: EngineInfo | None = None
+    epoch: int = 0
+    paused: bool = False
+
+    def assume_paused(self) -> None:
+        self.paused = True
+
+    def start(self, seed: str) -> None:
+        self.info = parse({"version": "0.5.23", "random_seed": seed})
+        self.epoch += 1
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "s.sock.journal")
+
+
+def update(state: UpdateState) -> Update:
+    header = Header(update_id="u", weight_version="7", rank=0, tp_size=1)
+    ended = Update(header, Manifest(()), "digest", state=UpdateState.APPLYING)
+    error = None if state is UpdateState.COMMITTED else refusals.aborted_by(ended, 0, "a test")
+    ended.end(state, error)
+    return ended
+
+
+def unsynced(served: ServedWeights) -> bool:
+    """Asked anew each time: mypy takes a property for a constant."""
+    return served.unsynced
+
+
+def dirt(served: ServedWeights) -> SyncError | None:
+    return served.dirty
+
+
+def test_the_first_server_is_in_step_and_a_restarted_one_is_not(journal: Journal) -> None:
+    engine = Engine()
+    served = ServedWeights(engine, journal, accept_checkpoint=False)
+    engine.start("1")
+    assert not unsynced(served)
+    engine.start("2")
+    assert unsynced(served)
+    served.ended(update(UpdateState.COMMITTED))
+    assert not unsynced(served)
+
+
+def test_a_checkpoint_that_is_accepted_is_in_step(journal: Journal) -> None:
+    engine = Engine()
+    served = ServedWeights(engine, journal, accept_checkpoint=True)
+    engine.start("1")
+    engine.start("2")
+    assert not unsynced(served)
+
+
+def test_a_failed_update_is_dirt_until_a_complete_one_or_another_server(journal: Journal) -> None:
+    engine = Engine()
+    served = ServedWeights(engine, journal, accept_checkpoint=False)
+    engine.start("1")
+    failed = update(UpdateState.FAILED)
+    served.touching(failed)
+    served.ended(failed)
+    assert dirt(served) is failed.error
+    served.ended(update(UpdateState.ABORTED))
+    assert dirt(served) is failed.error, "an update that never touched the engine heals nothing"
+    assert journal.unfinished() is not None
+    served.ended(update(UpdateState.COMMITTED))
+    assert dirt(served) is None
+    assert journal.unfinished() is None
+    served.ended(failed)
+    engine.start("2")
+    assert dirt(served) is None
+
+
+def test_a_predecessors_unfinished_update_is_dirt_on_the_server_that_it_touched(journal: Journal) -> None:
+    journal.begin(Entry(update_id="left", weight_version="7", engine_seed="1"))
+    engine = Engine()
+    served = ServedWeights(engine, journal, accept_checkpoint=False)
+    served.engine_seen()
+    assert dirt(served) is None, "the engine was not seen yet"
+    engine.start("1")
+    served.engine_seen()
+    left = dirt(served)
+    assert left is not None
+    assert "'left'" in left.message
+    assert engine.paused
+
+
+def test_a_predecessors_journal_means_nothing_to_a_server_started_since(journal: Journal) -> None:
+    journal.begin(Entry(update_id="left", weight_version="7", engine_seed="1"))
+    engine = Engine()
+    served = ServedWeights(engine, journal, accept_checkpoint=False)
+    engine.start("2")
+    served.engine_seen()
+    assert dirt(served) is None
+    assert not engine.paused
+    assert journal.unfinished() is None
