@@ -50,6 +50,9 @@ class Engine(Protocol):
     async def end(self) -> None:
         """Close the session."""
 
+    async def end_if_open(self) -> None:
+        """Close the session if there is one."""
+
     async def flush(self, patience_s: float) -> bool:
         """Empty the prefix cache, or tell that requests are in the way."""
 
@@ -132,7 +135,7 @@ class Applier:
         """End an open session; let generation go on if it may. Whether all that worked."""
         try:
             if update.phase in (Phase.BEGIN, Phase.LOAD):
-                await self._end_if_open(update)
+                await self._engine.end_if_open()
             if resume:
                 await self._engine.resume()
         except (EngineUnreachable, EngineRestarted):
@@ -141,12 +144,6 @@ class Applier:
             logger.error("while undoing update %s: %s", update.id, failure.message)
             return False
         return True
-
-    async def _end_if_open(self, update: Update) -> None:
-        try:
-            await self._engine.end()
-        except EngineRefused as refusal:
-            logger.info("while undoing update %s: %s", update.id, refusal.message)
 
     @asynccontextmanager
     async def _phase(self, update: Update, phase: Phase) -> AsyncIterator[None]:

@@ -12,6 +12,7 @@
       + UpdateFailed          INTERNAL             broke off after the engine was touched: it is dirty
       + EngineError
           x EngineUnreachable UNAVAILABLE          the request never reached the engine
+              x EngineDown    UNAVAILABLE          nobody listens at its port: that server is gone for good
           x EngineRefused     FAILED_PRECONDITION  the engine answered no
           x EngineLost        INTERNAL             sent, and no answer came: its fate is unknown
           x EngineRestarted   ABORTED              another server answers than the one the update began with
@@ -130,6 +131,10 @@ class EngineUnreachable(EngineError):
     """The request never reached the engine."""
 
     status = grpc.StatusCode.UNAVAILABLE
+
+
+class EngineDown(EngineUnreachable):
+    """Nobody listens at its port: that server is gone, and one that answers there later is another."""
 
 
 class EngineRefused(EngineError):

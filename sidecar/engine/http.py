@@ -12,7 +12,7 @@ from typing import Any
 
 import requests
 
-from sidecar.errors import EngineLost, EngineRefused, EngineUnreachable, Reason
+from sidecar.errors import EngineDown, EngineLost, EngineRefused, EngineUnreachable, Reason
 
 CONNECT_TIMEOUT_S = 5.0
 # SGLang closes connections that were idle for 5 s (uvicorn's keep-alive time-out); one that is about to be closed
@@ -66,12 +66,14 @@ class EngineHttp:
         try:
             response = self._session.request(method, self.url + path, json=body, timeout=timeout)
         except requests.exceptions.ConnectTimeout as error:
-            raise self._unreachable(path, "no connection in time") from error
+            raise self._unreachable(EngineUnreachable, path, "no connection in time") from error
         except requests.exceptions.Timeout as error:
             raise self._lost(path, f"no answer within {timeout_s:.1f} s") from error
         except requests.exceptions.RequestException as error:
+            if _was_refused(error):
+                raise self._unreachable(EngineDown, path, "connection refused") from error
             if _was_never_sent(error):
-                raise self._unreachable(path, "connection refused") from error
+                raise self._unreachable(EngineUnreachable, path, "no connection") from error
             raise self._lost(path, "the connection broke before an answer came") from error
         finally:
             self._last_used = time.monotonic()
@@ -79,9 +81,9 @@ class EngineHttp:
             raise self._refused(path, response)
         return response
 
-    def _unreachable(self, path: str, why: str) -> EngineUnreachable:
+    def _unreachable(self, kind: type[EngineUnreachable], path: str, why: str) -> EngineUnreachable:
         message = f"the engine at {self.url} cannot be reached ({why}, {path}); is the SGLang server up?"
-        return EngineUnreachable(Reason.ENGINE_UNREACHABLE, message, engineUrl=self.url, path=path)
+        return kind(Reason.ENGINE_UNREACHABLE, message, engineUrl=self.url, path=path)
 
     def _lost(self, path: str, why: str) -> EngineLost:
         message = f"{path} was sent to the engine at {self.url}, but {why}; whether it was carried out is unknown"
@@ -93,6 +95,12 @@ class EngineHttp:
         return EngineRefused(
             Reason.ENGINE_REFUSED, message, engineUrl=self.url, path=path, httpStatus=response.status_code, said=said
         )
+
+
+def _was_refused(error: requests.exceptions.RequestException) -> bool:
+    """Whether nobody listened, as opposed to somebody who is slow or far away."""
+    cause = getattr(error.args[0], "reason", None) if error.args else None
+    return isinstance(getattr(cause, "__cause__", None), ConnectionRefusedError)
 
 
 def _was_never_sent(error: requests.exceptions.RequestException) -> bool:

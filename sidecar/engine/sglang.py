@@ -20,6 +20,7 @@ from sidecar.update import PauseMode
 RETRY_S = 0.25
 IDEMPOTENT_TRIES = 3
 SESSION_ALREADY_OPEN = "already open"
+NO_SESSION_OPEN = "no weight-update session is open"
 
 
 class SGLangEngine:
@@ -39,6 +40,8 @@ class SGLangEngine:
         self.suspect = False
         """Whether a step got no answer, so that the server may be another one by now."""
         self._num_published = 0
+        self._publishing = ""
+        """The version that was published last, or is being: the server may have it before its answer is here."""
         self._last_info: EngineInfo | None = None
         self._paused = False
         self._bound: tuple[int, Dialect] = (0, DIALECTS[0])
@@ -51,16 +54,15 @@ class SGLangEngine:
 
     async def probe(self) -> EngineInfo:
         """Ask the server what it is, and notice if it is another one than before; raises ``EngineError``."""
-        published = self._num_published
+        published, self.suspect = self._num_published, False  # a step that is lost meanwhile asks for another look
         info = parse(await self._looks.get("/server_info", self._timeouts.probe))
         version = await self._ask_weight_version()
-        same_version = version == self.weight_version or self._num_published != published
-        if info != self._last_info or not same_version:
+        old_answer = self._num_published != published
+        if info != self._last_info or not (old_answer or version in (self.weight_version, self._publishing)):
             self.epoch += 1
             self._paused = False
             self.weight_version = version
         self.info = self._last_info = info
-        self.suspect = False
         return info
 
     async def look(self) -> None:
@@ -77,6 +79,10 @@ class SGLangEngine:
     def gone(self, why: str) -> None:
         """It does not answer: whether what comes back is the same server is seen by the next ``probe``."""
         self.info, self.problem = None, why
+
+    def died(self) -> None:
+        """That server is no more: whoever answers next is another, even with the same seed and version."""
+        self._last_info = None
 
     def assume_paused(self) -> None:
         """A predecessor of this process has paused the server."""
@@ -128,6 +134,14 @@ class SGLangEngine:
         if self._dialect.uses_sessions:
             await self._post("/end_weight_update", {}, self._timeouts.session)
 
+    async def end_if_open(self) -> None:
+        """Close a session that may have been opened; any other refusal than that none is open is an error."""
+        try:
+            await self.end()
+        except EngineRefused as refusal:
+            if NO_SESSION_OPEN not in refusal.message:
+                raise
+
     async def flush(self, patience_s: float) -> bool:
         """Empty the prefix cache; False if the engine refused for ``patience_s`` because requests are in its way.
 
@@ -147,6 +161,7 @@ class SGLangEngine:
     async def publish(self, weight_version: str) -> None:
         """Set the version that answers carry; keeps requests alive (SGLang's default aborts them all)."""
         body = {"new_version": weight_version, "abort_all_requests": False}
+        self._publishing = weight_version
         await self._repeatable("/update_weight_version", body, self._timeouts.publish)
         self.weight_version = weight_version
         self._num_published += 1

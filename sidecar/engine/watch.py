@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 
 from sidecar.engine.sglang import SGLangEngine
-from sidecar.errors import EngineError
+from sidecar.errors import EngineDown, EngineError
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class EngineWatch:
 
     def _missed(self, error: EngineError) -> None:
         self._misses += 1
+        if isinstance(error, EngineDown):
+            self._engine.died()
         if self._engine.info is None:
             self._engine.problem = error.message
         elif self._misses >= MISSES_UNTIL_GONE:

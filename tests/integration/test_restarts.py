@@ -24,9 +24,15 @@ def restart_engine(pair: Pair) -> None:
     wait_until(lambda: pair.status().HasField("engine"))
 
 
-@pytest.mark.parametrize("release", [SESSIONS, NO_SESSIONS])
-def test_an_engine_that_restarts_in_the_middle_never_gets_the_rest_of_an_update(start: StartPair, release: str) -> None:
-    pair = start(release=release)
+@pytest.mark.parametrize(
+    ("release", "server_info"),
+    [(SESSIONS, {}), (NO_SESSIONS, {}), (NO_SESSIONS, {"random_seed": 42})],
+    ids=[SESSIONS, NO_SESSIONS, "the-same-seed"],
+)
+def test_an_engine_that_restarts_in_the_middle_never_gets_the_rest_of_an_update(
+    start: StartPair, release: str, server_info: dict[str, object]
+) -> None:
+    pair = start(release=release, server_info=server_info)
     pair.begin("cut in two", num_buckets=2)
     for push in [pair.push("cut in two", rank, 0) for rank in range(2)]:
         push.result(20)

@@ -1,14 +1,16 @@
 """The command line as a person or a supervisor meets it."""
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from sidecar import __version__
-from sidecar.cli import EXIT_CANNOT_START, EXIT_NOT_HEALTHY, EXIT_USAGE, main
+from sidecar.cli import EXIT_CANNOT_START, EXIT_NOT_HEALTHY, EXIT_USAGE, REEXECUTED, main
 from sidecar.listening import _lock
 
 ENGINE = "http://127.0.0.1:9"
@@ -104,3 +106,35 @@ def test_every_option_of_serve_is_known_here(capsys: pytest.CaptureFixture[str])
         "--collect-timeout", "--pause-timeout", "--session-timeout", "--bucket-timeout", "--load-timeout",
         "--flush-timeout", "--publish-timeout", "--resume-timeout", "--probe-timeout",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loaded", "already", "replaced"),
+    [
+        (["serve", "--help"], True, False, True),
+        (["serve", "--help"], True, True, False),
+        (["serve", "--help"], False, False, False),
+        (["--version"], True, False, False),
+        (["health", "--help"], True, False, False),
+    ],
+)
+def test_only_serve_replaces_a_process_with_torch_in_it_and_only_once(
+    arguments: list[str], loaded: bool, already: bool, replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Replaced(Exception):
+        """Instead of a new process."""
+
+    def execve(_program: str, command: list[str], environment: dict[str, str]) -> None:
+        assert command[1:] == ["-m", "sidecar", *arguments]
+        assert REEXECUTED in environment
+        raise Replaced
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.delenv(REEXECUTED, raising=False)
+    if loaded:
+        monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    if already:
+        monkeypatch.setenv(REEXECUTED, "1")
+    with pytest.raises(Replaced if replaced else SystemExit):
+        main(arguments)
