@@ -25,9 +25,12 @@ def test_a_trainer_with_the_stubs_alone_updates_a_real_server(stack: Stack, tmp_
     version = stack.new_version()
     arguments = ["--target", stack.target, "--tp-size", "2", "--version", version]
     command = [sys.executable, str(EXAMPLE), *arguments, "--checkpoint", str(tmp_path / "weights.pt")]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count(f"the engine serves '{version}'") == 2
+    output = tmp_path / "output"
+    with output.open("w") as file:  # no pipe: torch_shm_manager inherits it, and outlives the example
+        ran = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=120, check=False)
+    said = output.read_text()
+    assert ran.returncode == 0, said
+    assert said.count(f"the engine serves '{version}'") == 2
     assert stack.http.rank_checksums() == expected
     assert stack.http.weight_version() == version
 
