@@ -104,5 +104,5 @@ def _never_seen(error: WeightSyncError, bucket: int) -> bool:
 def _out_of_use(outcome: pb.UpdateOutcome, bucket: int, engine_epoch: int) -> bool:
     if outcome.state not in ENDED:
         return False
-    never_seen = outcome.state == pb.UPDATE_STATE_ABORTED or bucket >= outcome.num_posted
-    return never_seen or outcome.engine_epoch != engine_epoch
+    # Over all attempts: the id may have been used again since this memory was handed over.
+    return bucket >= outcome.num_posted_ever or outcome.engine_epoch != engine_epoch

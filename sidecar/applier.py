@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from sidecar.errors import (
+    EngineDown,
     EngineError,
     EngineRefused,
     EngineRestarted,
@@ -37,6 +38,10 @@ FLUSH_PATIENCE_S = 1.0
 
 class Engine(Protocol):
     """What applying needs of an engine; each call is bounded and raises ``EngineError``."""
+
+    @property
+    def epoch(self) -> int:
+        """Counts its lives; 0 until it was seen."""
 
     async def pause(self, mode: PauseMode) -> None:
         """Hold generation."""
@@ -126,7 +131,8 @@ class Applier:
         phase, touched = update.phase, _touched(update, error)
         logger.error("update %s broke off in phase %s: %s", update.id, phase.name.lower(), error.message)
         undone = await self._undo(update, resume=not touched and not dirty)
-        if isinstance(error, EngineRestarted) or (undone and not touched):
+        restarted = isinstance(error, EngineRestarted) or self._engine.epoch != update.epoch
+        if restarted or (undone and not touched):
             update.end(UpdateState.ABORTED, error)
         else:
             update.end(UpdateState.FAILED, _failed(update, phase, error))
@@ -138,7 +144,7 @@ class Applier:
                 await self._engine.end_if_open()
             if resume:
                 await self._engine.resume()
-        except (EngineUnreachable, EngineRestarted):
+        except (EngineDown, EngineRestarted):
             return True  # nothing is left to undo: a server that comes back has fresh weights
         except EngineError as failure:
             logger.error("while undoing update %s: %s", update.id, failure.message)

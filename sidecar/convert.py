@@ -130,6 +130,7 @@ def outcome(update: Update) -> pb.UpdateOutcome:
         error=update.error.message if update.error else "",
         error_reason=update.error.reason if update.error else "",
         engine_epoch=update.epoch,
+        num_posted_ever=max(update.num_posted, update.num_posted_before),
     )
     for phase, seconds in update.phase_seconds.items():
         message.phases.add(phase=pb.Phase.ValueType(phase), duration=timedelta(seconds=seconds))

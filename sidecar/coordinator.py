@@ -62,10 +62,6 @@ class WatchedEngine(Engine, Protocol):
     def info(self) -> EngineInfo | None:
         """What it last said about itself; None while it cannot be reached."""
 
-    @property
-    def epoch(self) -> int:
-        """Counts its lives; 0 until it was seen."""
-
     def assume_paused(self) -> None:
         """A predecessor of this process has paused it."""
 
@@ -200,7 +196,8 @@ class Coordinator:
         if update.state is UpdateState.COMMITTED:
             self._check_repeated(update, rank, {bucket: memory})
         elif not update.state.ended:
-            self._admit(update, rank, {bucket: memory})
+            if update.deliveries[rank].handles.get(bucket) != memory:
+                self._admit(update, rank, {bucket: memory})
             update.deliver(rank, bucket, memory)
             self._delivered(update)
         await self._until_loaded(update, rank, bucket, budget_s)
@@ -251,7 +248,8 @@ class Coordinator:
         """Check everything that can be checked, and only then take the rank into its update."""
         info = await self._engine_info()
         header.check(info.tp_size)
-        admission.check_handles(handles, known.manifest, header.rank, info.device)
+        if not self._delivered_before(header, handles):  # memory that was read cannot be checked again
+            admission.check_handles(handles, known.manifest, header.rank, info.device)
         update = self._find_or_start(header, known, info.device)
         self._agree(update, header, known)
         if not update.state.ended:
@@ -261,12 +259,21 @@ class Coordinator:
         return update
 
     async def _engine_info(self) -> EngineInfo:
-        info = self._engine.info or await self._engine.probe()
+        info = self._engine.info
+        if info is None:
+            info = await self._engine.probe()
+            self._served.engine_seen()
         if self._draining:
             raise refusals.draining()
         if info.unsupported:
             raise refusals.unsupported_engine(self._engine.url, info.unsupported)
         return info
+
+    def _delivered_before(self, header: Header, handles: Mapping[int, Memory]) -> bool:
+        """Whether this is a call that was made before, with the same memory."""
+        update = self._updates.get(header.update_id)
+        before = update.deliveries.get(header.rank) if update else None
+        return before is not None and bool(handles) and before.handles == handles
 
     def _find_or_start(self, header: Header, known: KnownManifest, device: str) -> Update:
         existing = self._updates.get(header.update_id)
@@ -283,7 +290,8 @@ class Coordinator:
         """Versions are unique in an engine's life, and increase where they are decimal numbers."""
         new, served = header.weight_version, self._engine.weight_version
         backwards = new.isdecimal() and served.isdecimal() and int(new) <= int(served)
-        if new == served or backwards or self._updates.committed(new, self._engine.epoch):
+        again = self._served.dirty is not None and new == served  # published, but the update broke off after that
+        if (not again and (new == served or backwards)) or self._updates.committed(new, self._engine.epoch):
             raise refusals.version_not_new(header, served)
 
     def _start(self, update: Update, known: KnownManifest) -> None:
@@ -328,7 +336,8 @@ class Coordinator:
 
     def _delivered(self, update: Update) -> None:
         """A rank delivered something: start applying once every rank has brought its first bucket."""
-        if update.state is UpdateState.COLLECTING and not update.waiting_for(0):
+        ready = update.state is UpdateState.COLLECTING and not update.waiting_for(0)
+        if ready and not self._give_up_after_restart(update):
             update.phase_seconds[Phase.COLLECT] = time.monotonic() - update.started
             update.start_applying()
             self._stop_collect_timer()
@@ -374,7 +383,16 @@ class Coordinator:
     def engine_changed(self) -> None:
         """The watch has seen something new."""
         self._served.engine_seen()
+        if self._current and self._current.state is UpdateState.COLLECTING:
+            self._give_up_after_restart(self._current)
         self.changed()
+
+    def _give_up_after_restart(self, update: Update) -> bool:
+        """What was checked against one server must not be loaded into another."""
+        if update.epoch == self._engine.epoch:
+            return False
+        self._give_up(update, refusals.restarted_meanwhile(update))
+        return True
 
     def changed(self) -> None:
         """Wake everyone who waits, to look again."""

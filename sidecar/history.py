@@ -20,7 +20,9 @@ class UpdateHistory:
 
     def add(self, update: Update) -> None:
         """Remember a new update, in place of an earlier attempt with its id."""
-        self._updates.pop(update.id, None)
+        before = self._updates.pop(update.id, None)
+        if before is not None:
+            update.num_posted_before = max(before.num_posted, before.num_posted_before)
         self._updates[update.id] = update
         while len(self._updates) > self._kept:
             self._updates.popitem(last=False)

@@ -9,8 +9,11 @@ Invariant: the file is replaced as a whole; one that cannot be read says no less
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +42,12 @@ class Journal:
 
     def clear(self) -> None:
         """Say that the engine serves one version."""
-        if self._path is not None:
+        if self._path is None:
+            return
+        try:
             self._path.unlink(missing_ok=True)
+        except OSError as error:  # the successor will be too careful, which is no reason to fail here
+            logger.warning("the journal %s cannot be removed: %s", self._path, error)
 
     def unfinished(self) -> Entry | None:
         """What a predecessor left."""

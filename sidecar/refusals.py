@@ -7,6 +7,7 @@ touched.
 from sidecar.errors import (
     DeadlinePassed,
     Draining,
+    EngineRestarted,
     InvalidRequest,
     NotKnown,
     RankAlreadyDelivered,
@@ -62,6 +63,12 @@ def caller_gone(update: Update, rank: int) -> UpdateConflict:
     if update.num_posted == 0:
         message += f"; {UNTOUCHED}"
     return UpdateConflict(Reason.UPDATE_ABORTED, message, updateId=update.id, rank=rank)
+
+
+def restarted_meanwhile(update: Update) -> EngineRestarted:
+    """Another server answers than the one that the first rank was checked against."""
+    message = f"update {update.id!r}: the engine was restarted while ranks arrived; send the update again"
+    return EngineRestarted(Reason.ENGINE_RESTARTED, message, updateId=update.id)
 
 
 def draining() -> Draining:

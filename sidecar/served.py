@@ -61,6 +61,9 @@ class ServedWeights:
     def engine_seen(self) -> None:
         """The engine answers: see whether a predecessor has left it in between."""
         info, left = self._engine.info, self._left
+        if self._failure and self._failure[0] != self._engine.epoch:  # the dirt has gone with its server
+            self._failure = None
+            self._journal.clear()
         if info is None or left is None:
             return
         self._left = None

@@ -116,6 +116,8 @@ class Update:
     deliveries: dict[int, Delivery] = field(default_factory=dict)
     """By rank, for ranks that joined."""
     num_posted: int = 0
+    num_posted_before: int = 0
+    """At its most, over earlier attempts under this id."""
     num_loaded: int = 0
     cache_flushed: bool = False
     phase: Phase = Phase.COLLECT

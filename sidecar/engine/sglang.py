@@ -95,13 +95,14 @@ class SGLangEngine:
         end, and blocks /continue_generation (SGLang 0.5.23, managers/tokenizer_control_mixin.py). Some pause is always
         asked for: a server that was started again meanwhile is not paused.
         """
-        if self.info is None:
-            raise EngineUnreachable(Reason.ENGINE_UNREACHABLE, self.problem, engineUrl=self.url)
+        if self.info is None or self._last_info is None:
+            message = self.problem or f"the engine at {self.url} has just gone; is the SGLang server up?"
+            raise EngineUnreachable(Reason.ENGINE_UNREACHABLE, message, engineUrl=self.url)
         self._bound = (self.epoch, self.info.dialect)
         if self._paused and mode is PauseMode.ABORT:
             mode = PauseMode.RETRACT
+        self._paused = True  # even if its answer is lost
         await self._post("/pause_generation", {"mode": mode.value}, self._timeouts.pause)
-        self._paused = True
 
     async def begin(self) -> None:
         """Open the session, where this release has one. One that was left open is ended first."""
@@ -187,7 +188,7 @@ class SGLangEngine:
 
     async def _post(self, path: str, body: dict[str, object], timeout_s: float) -> None:
         """A step of the update in hand, for the very server that it began with."""
-        if self.epoch != self._bound[0]:
+        if self.epoch != self._bound[0] or self._last_info is None:
             message = f"the engine at {self.url} was restarted during the update and has lost what was loaded; "
             message += "send the update again"
             raise EngineRestarted(Reason.ENGINE_RESTARTED, message, engineUrl=self.url)

@@ -800,6 +800,7 @@ class UpdateOutcome(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     ERROR_REASON_FIELD_NUMBER: _builtins.int
     ENGINE_EPOCH_FIELD_NUMBER: _builtins.int
+    NUM_POSTED_EVER_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Its id."""
     weight_version: _builtins.str
@@ -822,6 +823,10 @@ class UpdateOutcome(_message.Message):
     """ErrorInfo.reason of that."""
     engine_epoch: _builtins.int
     """EngineInfo.epoch of the engine that it was for."""
+    num_posted_ever: _builtins.int
+    """num_posted, at its most over all attempts under this id: memory of no attempt at or above it was ever seen by
+    the engine.
+    """
     @_builtins.property
     def waiting_for_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks that it waits for, while it collects or waits for a bucket."""
@@ -845,10 +850,11 @@ class UpdateOutcome(_message.Message):
         error: _builtins.str = ...,
         error_reason: _builtins.str = ...,
         engine_epoch: _builtins.int = ...,
+        num_posted_ever: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_flushed", b"cache_flushed", "engine_epoch", b"engine_epoch", "error", b"error", "error_reason", b"error_reason", "manifest_digest", b"manifest_digest", "num_buckets", b"num_buckets", "num_posted", b"num_posted", "phases", b"phases", "state", b"state", "update_id", b"update_id", "waiting_for_ranks", b"waiting_for_ranks", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_flushed", b"cache_flushed", "engine_epoch", b"engine_epoch", "error", b"error", "error_reason", b"error_reason", "manifest_digest", b"manifest_digest", "num_buckets", b"num_buckets", "num_posted", b"num_posted", "num_posted_ever", b"num_posted_ever", "phases", b"phases", "state", b"state", "update_id", b"update_id", "waiting_for_ranks", b"waiting_for_ranks", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

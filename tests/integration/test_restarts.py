@@ -129,3 +129,36 @@ def test_a_sidecar_that_is_down_costs_a_trainer_no_memory(start: StartPair) -> N
         with SidecarProcess(config):
             client.wait_ready(10)
             assert client.update_weights([("a", torch.zeros(64))], version="2", timeout=10).weight_version == "2"
+
+
+def test_an_update_that_was_being_collected_is_given_up_when_the_engine_restarts(start: StartPair) -> None:
+    pair = start()
+    waiting = pair.send(pair.request("half here", 0))
+    pair.wait_for(pb.SIDECAR_STATE_COLLECTING)
+    restart_engine(pair)
+    refused = refusal(waiting)
+    assert refused.reason == "ENGINE_RESTARTED"
+    assert "was restarted while ranks arrived" in refused.message
+    assert LOAD not in pair.posts()
+    assert pair.update("half here").state == pb.UPDATE_STATE_COMMITTED
+
+
+def test_a_restart_while_ranks_are_waited_for_leaves_no_dirt_on_the_new_server(start: StartPair) -> None:
+    pair = start("--bucket-timeout", "8", release=NO_SESSIONS)
+    pair.begin("waits", num_buckets=2)
+    for push in [pair.push("waits", rank, 0) for rank in range(2)]:
+        push.result(20)
+    restart_engine(pair)
+    wait_until(lambda: pair.outcome("waits").state == pb.UPDATE_STATE_ABORTED)
+    status = pair.status()
+    assert (status.state, pair.is_paused()) == (pb.SIDECAR_STATE_UNSYNCED, False)
+
+
+def test_a_version_that_broke_off_after_it_was_published_may_be_sent_again(start: StartPair) -> None:
+    pair = start()
+    pair.engine.fault("/continue_generation", Fault.REFUSE, times=3)
+    answers = [pair.send(pair.request("once more", rank)) for rank in range(2)]
+    assert {refusal(answer).reason for answer in answers} == {"UPDATE_FAILED"}
+    assert pair.engine.weight_version == "version of once more"
+    assert pair.update("once more").state == pb.UPDATE_STATE_COMMITTED
+    assert not pair.is_paused()

@@ -132,6 +132,7 @@ def test_settling_does_not_wait_again_for_what_outlived_its_patience(ledger: Exp
         pytest.param(pb.UPDATE_STATE_ABORTED, 0, 1, True, id="aborted"),
         pytest.param(pb.UPDATE_STATE_FAILED, 0, 1, True, id="failed-before-it"),
         pytest.param(pb.UPDATE_STATE_FAILED, 1, 1, False, id="failed-with-it"),
+        pytest.param(pb.UPDATE_STATE_ABORTED, 1, 1, False, id="aborted-after-an-attempt-that-was-posted"),
         pytest.param(pb.UPDATE_STATE_FAILED, 1, 2, True, id="the-engine-died-with-it"),
     ],
 )
@@ -139,7 +140,7 @@ def test_memory_is_taken_back_once_the_sidecar_knows_that_nobody_uses_it(
     ledger: ExportLedger, state: pb.UpdateState.ValueType, num_posted: int, epoch: int, released: bool
 ) -> None:
     _, name = sent(ledger)
-    outcome = pb.UpdateOutcome(state=state, num_posted=num_posted, engine_epoch=1)
+    outcome = pb.UpdateOutcome(state=state, num_posted_ever=num_posted, engine_epoch=1)
     ledger.revisit({"update": outcome}.get, epoch)
     assert (ledger.unreleased_bytes == 0) is released
     if not released:
