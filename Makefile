@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install engines fmt lint types proto proto-check proto-baseline demo test test-fast test-gpu check clean
+.PHONY: help install engines fmt lint types proto proto-check proto-baseline demo test test-fast faults soak test-gpu check clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,10 +67,17 @@ demo: install  ## a real server, the sidecar and two trainer processes, on the C
 	sglang-weight-sync demo
 
 test: install engines  ## every test that needs no GPU, with real servers on the CPU
-	pytest tests -m "not gpu"
+	pytest tests -m "not gpu and not faults and not soak"
 
 test-fast: install  ## without the real servers
-	pytest tests -m "not gpu and not e2e" --ignore=tests/e2e
+	pytest tests -m "not gpu and not e2e and not faults and not soak" --ignore=tests/e2e
+
+faults: install engines  ## every cell of the fault matrix, and 10,000 random schedules of the coordinator
+	WEIGHT_SYNC_SCHEDULES=10000 pytest tests/model --timeout 3000
+	pytest tests/faults
+
+soak: install  ## a thousand updates with a fault every twenty, on a real server under traffic
+	pytest tests/soak -s
 
 test-gpu: install  ## on a machine with CUDA devices
 	pytest tests/gpu -m gpu

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import grpc
@@ -54,13 +54,27 @@ class BucketedSend:
         begin = pb.BeginUpdateRequest(update=self._header, manifest=reference)
         self._stub.call(self._stub.rpc.BeginUpdate, begin, self._left())
         commit = pb.CommitUpdateRequest(update_id=self._header.update_id, rank=self._header.rank)
+        with self._held():
+            try:
+                self._push_all(planned, tensors)
+                expect_end(tensors)
+                return self._stub.call(self._stub.rpc.CommitUpdate, commit, self._left()).outcome
+            except BaseException as error:
+                self._abort(error)
+                raise
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """A call that stays open, so that the sidecar notices the death of this process at once."""
+        if not self._stub.has(pb.FEATURE_HOLD_UPDATE):
+            yield
+            return
+        request = pb.HoldUpdateRequest(update_id=self._header.update_id, rank=self._header.rank)
+        held = self._stub.rpc.HoldUpdate.future(request, timeout=self._left())
         try:
-            self._push_all(planned, tensors)
-            expect_end(tensors)
-            return self._stub.call(self._stub.rpc.CommitUpdate, commit, self._left()).outcome
-        except BaseException as error:
-            self._abort(error)
-            raise
+            yield
+        finally:
+            held.cancel()
 
     def _push_all(self, planned: Plan, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         for index, bucket in enumerate(planned.buckets):

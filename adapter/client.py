@@ -70,6 +70,11 @@ class WeightSyncClient:
         update_id: str | None = None,
         specs: Sequence[TensorSpec] | None = None,
         pause_mode: str = "retract",
+        selector: str | None = None,
+        verify: bool = False,
+        content_digest: str = "",
+        allow_unknown: Sequence[str] = (),
+        allow_missing: Sequence[str] = (),
         timeout: float = 600.0,
     ) -> UpdateResult:
         """Send one weight version, with every other rank; returns when the engine serves it.
@@ -80,7 +85,14 @@ class WeightSyncClient:
             update_id: names this update on every rank; by default the version.
             specs: what ``named_tensors`` will yield, in order, for an iterator too large to be held: then one bucket
                 at a time is taken from it. Without it the pairs are listed first.
-            pause_mode: what happens to running requests: "retract", "in_place" or "abort".
+            pause_mode: what happens to running requests: "retract", "in_place", "abort", "drain" (they are waited
+                for first) or "none" (one bucket before SGLang 0.5.21, or an idle engine).
+            selector: which of the engine's models, for one that decodes speculatively: "target", "draft" or "all".
+            verify: compare the engine's checksums over its ranks, and with the last verified ones for the same
+                ``content_digest``, before the version is published; a difference is an ``UpdateFailed``.
+            content_digest: names the content for ``verify``, in any way of yours; empty: there is nothing to compare.
+            allow_unknown: names (or patterns with * and ?) that the model does not have: the engine skips them.
+            allow_missing: names (or patterns) of the model that keep their old weights.
             timeout: seconds for the whole update. If ranks are missing by then, the error names them and the engine
                 goes on with its old weights.
 
@@ -98,11 +110,46 @@ class WeightSyncClient:
             rank=self.rank,
             tp_size=self.tp_size,
             pause_mode=wire.pause_mode(pause_mode),
+            selector=wire.selector(selector),
+            verify=verify,
+            content_digest=content_digest,
+            allow=pb.ManifestAllowance(unknown=allow_unknown, missing=allow_missing),
         )
         try:
             return self._send(header, planned, iter(named_tensors), timeout)
         finally:
             self._ledger.settle()
+
+    def update_weights_from_disk(
+        self, *, version: str, model_path: str = "", pause_mode: str = "retract", timeout: float = 1800.0
+    ) -> UpdateResult:
+        """Have the engine load a checkpoint from its own disk, as ``version``; one rank calls, the others need not.
+
+        Heals a dirty engine without the trainer's weights. ``model_path``: a folder that the engine can read; empty:
+        the one that it loaded last. Raises ``WeightSyncError``.
+        """
+        self._stub.require(pb.FEATURE_DISK_UPDATE)
+        request = pb.UpdateWeightsFromDiskRequest(
+            update_id=f"disk {version}",
+            weight_version=version,
+            model_path=model_path,
+            pause_mode=wire.pause_mode(pause_mode),
+        )
+        return wire.result(self._stub.call(self._stub.rpc.UpdateWeightsFromDisk, request, timeout).outcome)
+
+    def check_manifest(
+        self, specs: Sequence[TensorSpec], *, allow_unknown: Sequence[str] = (), allow_missing: Sequence[str] = ()
+    ) -> pb.CheckManifestResponse:
+        """A dry run: what would be wrong with an update of ``specs``, cut into buckets as ``update_weights`` does.
+
+        Nothing is loaded, paused or allocated. The answer also says what could not be checked, and why.
+        """
+        self._stub.require(pb.FEATURE_CHECK_MANIFEST)
+        request = pb.CheckManifestRequest(
+            manifest=pb.ManifestReference(manifest=wire.manifest(plan(specs, self.bucket_bytes))),
+            allow=pb.ManifestAllowance(unknown=allow_unknown, missing=allow_missing),
+        )
+        return self._stub.call(self._stub.rpc.CheckManifest, request, 60.0)
 
     def get_update(self, update_id: str) -> pb.UpdateOutcome:
         """How an update went or goes, also one whose call did not get its answer."""

@@ -83,6 +83,7 @@ _BY_REASON: dict[str, type[WeightSyncError]] = {
     "UPDATE_FAILED": UpdateFailed,
     "ENGINE_UNREACHABLE": EngineUnreachable,
     "ENGINE_LOST": UpdateAborted,
+    "ENGINE_TIMEOUT": UpdateAborted,
     "DRAINING": SidecarUnreachable,
     "UNKNOWN_FIELD": IncompatibleSidecar,
 }

@@ -64,13 +64,16 @@ class SidecarStub:
             self._capabilities = self.call(self.rpc.GetCapabilities, request, QUERY_TIMEOUT_S)
         return self._capabilities
 
+    def has(self, feature: pb.Feature.ValueType) -> bool:
+        """Whether the sidecar's protocol has ``feature``."""
+        return feature in self.capabilities().features
+
     def require(self, feature: pb.Feature.ValueType) -> None:
         """Raise ``IncompatibleSidecar`` if the sidecar's protocol lacks ``feature``."""
-        capabilities = self.capabilities()
-        if feature not in capabilities.features:
+        if not self.has(feature):
             name = pb.Feature.Name(feature).removeprefix("FEATURE_").lower()
-            message = f"the sidecar at {self.target} ({capabilities.sidecar_version}) cannot do {name}; upgrade it"
-            raise IncompatibleSidecar(message)
+            version = self.capabilities().sidecar_version
+            raise IncompatibleSidecar(f"the sidecar at {self.target} ({version}) cannot do {name}; upgrade it")
 
     def wait_ready(self, timeout_s: float) -> None:
         """Until the sidecar answers and sees its engine; raises the last reason why not."""

@@ -1,5 +1,6 @@
 """The adapter's types -> the protocol's, and back. No decision is taken here."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapter.planner import Bucket, Placement, Plan
@@ -20,7 +21,12 @@ class UpdateResult:
     cache_flushed: bool
     """Whether the prefix cache was emptied. If not, later answers may rest on KV of the old weights."""
     phases: dict[str, float]
-    """Seconds by phase: collect, pause, begin, load, end, flush, publish, resume."""
+    """Seconds by phase: collect, pause, begin, load, end, flush, verify, publish, resume."""
+    verification: str = ""
+    """With ``verify``: "consistent" (all ranks agree; nothing to compare the content with), "proven" (and equal to the
+    last verified update with this content digest), or "unavailable" (this engine computes no checksums)."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it, in sentences."""
 
 
 def manifest(plan: Plan) -> pb.Manifest:
@@ -52,11 +58,22 @@ def data_type(dtype: str) -> pb.DataType.ValueType:
 
 
 def pause_mode(name: str) -> pb.PauseMode.ValueType:
-    """SGLang's name of a pause mode ("retract", "in_place", "abort") -> the protocol's."""
-    known = [key.removeprefix("PAUSE_MODE_").lower() for key in pb.PauseMode.keys()[1:]]
+    """The name of a pause mode ("retract", "in_place", "abort", "drain", "none") -> the protocol's."""
+    return pb.PauseMode.Value(_enum_key("pause_mode", "PAUSE_MODE_", name, pb.PauseMode.keys()))
+
+
+def selector(name: str | None) -> pb.Selector.ValueType:
+    """The name of an engine's model ("target", "draft", "all"; None: not said) -> the protocol's."""
+    if name is None:
+        return pb.SELECTOR_UNSPECIFIED
+    return pb.Selector.Value(_enum_key("selector", "SELECTOR_", name, pb.Selector.keys()))
+
+
+def _enum_key(what: str, prefix: str, name: str, keys: Sequence[str]) -> str:
+    known = [key.removeprefix(prefix).lower() for key in keys[1:]]
     if name not in known:
-        raise ValueError(f"pause_mode {name!r} is none of {', '.join(known)}")
-    return pb.PauseMode.Value(f"PAUSE_MODE_{name.upper()}")
+        raise ValueError(f"{what} {name!r} is none of {', '.join(known)}")
+    return prefix + name.upper()
 
 
 def result(outcome: pb.UpdateOutcome) -> UpdateResult:
@@ -66,8 +83,14 @@ def result(outcome: pb.UpdateOutcome) -> UpdateResult:
         weight_version=outcome.weight_version,
         num_posts=outcome.num_posted,
         cache_flushed=outcome.cache_flushed,
+        verification=_verification(outcome.verification),
+        notes=tuple(outcome.notes),
         phases={
             pb.Phase.Name(phase.phase).removeprefix(_PHASE_PREFIX).lower(): phase.duration.ToMicroseconds() / 1e6
             for phase in outcome.phases
         },
     )
+
+
+def _verification(value: pb.Verification.ValueType) -> str:
+    return pb.Verification.Name(value).removeprefix("VERIFICATION_").lower() if value else ""

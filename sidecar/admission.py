@@ -1,4 +1,4 @@
-"""What is checked of a rank's memory before its update may count it as delivered.
+"""What is checked before an update may begin, and of a rank's memory before it counts as delivered.
 
 Invariant: nothing that fails here reaches the engine, because a wrong handle kills its scheduler.
 """
@@ -6,10 +6,32 @@ Invariant: nothing that fails here reaches the engine, because a wrong handle ki
 from collections.abc import Mapping
 
 from sidecar import memory as memories
+from sidecar import refusals
+from sidecar.engine.info import EngineInfo
 from sidecar.errors import InvalidRequest, Reason, UnsuitableEngine
 from sidecar.manifest import Manifest
+from sidecar.manifest_check import Report
 from sidecar.memory import CudaIpcMemory, Memory
-from sidecar.update import Delivery
+from sidecar.update import Delivery, Header, PauseMode, Selector
+
+
+def check_suits_engine(header: Header, info: EngineInfo, num_buckets: int) -> None:
+    """This release can do what the update asks for; 0 buckets: it comes from disk."""
+    unpaused = header.pause_mode is PauseMode.NONE and not info.dialect.uses_sessions
+    if unpaused and num_buckets != 1:
+        raise refusals.cannot_go_unpaused(header, info.version, num_buckets)
+    if header.selector in (Selector.TARGET, Selector.DRAFT) and not info.dialect.has_selector:
+        raise refusals.selector_unsuitable(header, f"SGLang {info.version} cannot choose between models; leave it out")
+    if header.selector is Selector.DRAFT and not info.speculative:
+        raise refusals.selector_unsuitable(header, "the engine has no draft model")
+    if header.selector is None and info.speculative and num_buckets:
+        raise refusals.selector_unsuitable(header, "the engine has a draft model; say target, draft or all")
+
+
+def check_report(report: Report, header: Header) -> None:
+    """Nothing that was found in the manifest forbids the update."""
+    if report.errors:
+        raise refusals.manifest_mismatch(header, [finding.message for finding in report.errors], report.sources)
 
 
 def check_every_bucket_has_memory(handles: Mapping[int, Memory], manifest: Manifest, rank: int) -> None:

@@ -1,13 +1,16 @@
 """The sequence that loads a collected update into the engine, and what is done when it breaks off.
 
-    pause -> begin -> one POST per bucket -> end -> flush -> publish -> resume        committed
-      |        |                |             |       |         |         |
-      |        +-- nothing posted yet: end, resume -> aborted   +---------+-> failed, generation stays paused
+    pause -> begin -> one POST per bucket -> end -> flush -> (verify) -> publish -> resume        committed
+      |        |                |             |       |          |          |          |
+      |        +-- nothing posted yet: end, resume -> aborted     +----------+----------+-> failed, generation stays held
       +-- resume -> aborted
 
-Invariants: publish comes last but for resume, so no answer carries a version that was not fully loaded; a POST is
-made once; after the first POST a failure leaves generation paused, and so does any failure while the engine is
-dirty from an update before.
+A disk update has one POST of another kind in the middle, and no session. An answer that was lost is looked into
+(``fate``) before it counts as a failure.
+
+Invariants: publish comes last but for resume, so no answer carries a version that was not fully loaded; a POST that
+writes weights is made once; after the first of them a failure leaves generation held, and so does any failure while
+the engine is dirty from an update before.
 """
 
 import logging
@@ -16,41 +19,50 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
+from sidecar import fate, refusals
 from sidecar.errors import (
     EngineDown,
     EngineError,
+    EngineLost,
     EngineRefused,
     EngineRestarted,
+    EngineTimeout,
     EngineUnreachable,
-    Reason,
     SyncError,
-    UpdateFailed,
 )
 from sidecar.payload import BucketPayload
-from sidecar.update import PauseMode, Phase, Update, UpdateState
+from sidecar.update import PauseMode, Phase, Selector, Update, UpdateState, Verification
+from sidecar.verification import Verifier
 
 logger = logging.getLogger(__name__)
 
 # With retract on 0.5.21 and later, and with abort, a flush works at once or after a step; with requests that wait
 # on older releases it never does, and generation is paused meanwhile.
 FLUSH_PATIENCE_S = 1.0
+NOT_FLUSHED = "requests in flight kept the prefix cache from being flushed: later answers may rest on KV of old weights"
 
 
-class Engine(Protocol):
+class Engine(fate.Engine, Protocol):
     """What applying needs of an engine; each call is bounded and raises ``EngineError``."""
 
     @property
-    def epoch(self) -> int:
-        """Counts its lives; 0 until it was seen."""
+    def uses_sessions(self) -> bool:
+        """Whether loading happens inside a session; known from ``pause`` on."""
 
-    async def pause(self, mode: PauseMode) -> None:
+    async def pause(self, mode: PauseMode, limit_s: float) -> None:
         """Hold generation."""
 
-    async def begin(self) -> None:
+    async def hold(self) -> None:
+        """See that generation is held."""
+
+    async def begin(self, selector: Selector, limit_s: float) -> None:
         """Open a session, where the engine has them."""
 
-    async def load(self, entries: Sequence[bytes]) -> None:
+    async def load(self, entries: Sequence[bytes], selector: Selector, weight_version: str | None) -> None:
         """Load one bucket from one entry per TP rank."""
+
+    async def load_from_disk(self, model_path: str) -> None:
+        """Load a checkpoint."""
 
     async def end(self) -> None:
         """Close the session."""
@@ -60,6 +72,9 @@ class Engine(Protocol):
 
     async def flush(self, patience_s: float) -> bool:
         """Empty the prefix cache, or tell that requests are in the way."""
+
+    async def checksums(self) -> list[dict[str, str]]:
+        """By TP rank: each tensor's name and digest."""
 
     async def publish(self, weight_version: str) -> None:
         """Set the version that answers carry."""
@@ -75,10 +90,18 @@ WaitForBucket = Callable[[Update, int], Awaitable[None]]
 class Applier:
     """Loads one update after another."""
 
-    def __init__(self, engine: Engine, wait_for_bucket: WaitForBucket, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        wait_for_bucket: WaitForBucket,
+        about_to_write: Callable[[Update], None],
+        changed: Callable[[], None],
+    ) -> None:
         self._engine = engine
         self._wait_for_bucket = wait_for_bucket
+        self._about_to_write = about_to_write
         self._changed = changed
+        self._verifier = Verifier()
 
     async def apply(self, update: Update, payloads: Sequence[BucketPayload], *, dirty: bool) -> None:
         """Bring ``update`` from APPLYING to an ended state; raises nothing that the engine or a rank can cause.
@@ -86,7 +109,11 @@ class Applier:
         ``dirty``: the engine holds mixed weights from before, so it must not generate if this breaks off too.
         """
         try:
-            await self._load_all(update, payloads)
+            await self._pause(update)
+            if update.model_path is None:
+                await self._load_all(update, payloads)
+            else:
+                await self._load_from_disk(update, update.model_path)
             await self._make_visible(update)
         except SyncError as error:
             await self._break_off(update, error, dirty)
@@ -94,56 +121,126 @@ class Applier:
             update.end(UpdateState.COMMITTED)
         self._changed()
 
-    async def _load_all(self, update: Update, payloads: Sequence[BucketPayload]) -> None:
+    # The sequence.
+
+    async def _pause(self, update: Update) -> None:
         async with self._phase(update, Phase.PAUSE):
-            await self._engine.pause(update.header.pause_mode)
+            await self._engine.pause(update.header.pause_mode, _left(update))
+
+    async def _load_all(self, update: Update, payloads: Sequence[BucketPayload]) -> None:
         async with self._phase(update, Phase.BEGIN):
-            await self._engine.begin()
+            await self._begin(update)
         async with self._phase(update, Phase.LOAD):
             for bucket, payload in enumerate(payloads):
                 await self._load(update, bucket, payload)
             await self._wait_for_bucket(update, len(payloads))
         async with self._phase(update, Phase.END):
-            await self._engine.end()
+            await self._end(update)
+
+    async def _begin(self, update: Update) -> None:
+        try:
+            await self._engine.begin(_selector(update), _left(update))
+        except EngineLost as lost:
+            if not await fate.session_is_open(self._engine, lost):
+                raise
+            update.notes.append("the answer to begin_weight_update was lost; the session is open")
 
     async def _load(self, update: Update, bucket: int, payload: BucketPayload) -> None:
         await self._wait_for_bucket(update, bucket)
         entries = [payload.entry(memory) for memory in update.memories(bucket)]
+        if bucket == 0:
+            self._about_to_write(update)
         update.num_posted = bucket + 1
         try:
-            await self._engine.load(entries)
+            await self._post(update, entries)
         except EngineUnreachable:
             update.num_posted = bucket  # it never left: the memory was not seen
             raise
+        except EngineLost as lost:
+            update.touched = True
+            if not await fate.was_loaded(self._engine, update, bucket, self._version_carried(update), lost):
+                raise
+            update.notes.append(f"the answer to the load of bucket {bucket} was lost; every rank had loaded it")
+        update.touched = True
         update.num_loaded = bucket + 1
         self._changed()
+
+    async def _post(self, update: Update, entries: Sequence[bytes]) -> None:
+        try:
+            await self._engine.load(entries, _selector(update), self._version_carried(update))
+        except EngineRefused:
+            # SGLang answers 400 to a bucket only before it writes any of it; what came before it was written.
+            update.touched = update.num_loaded > 0
+            raise
+
+    async def _end(self, update: Update) -> None:
+        try:
+            await self._engine.end()
+        except EngineLost as lost:
+            if await fate.session_is_open(self._engine, lost):
+                raise
+            update.notes.append("the answer to end_weight_update was lost; the session is closed")
+
+    async def _load_from_disk(self, update: Update, model_path: str) -> None:
+        async with self._phase(update, Phase.LOAD):
+            await self._engine.end_if_open()  # what an update that failed may have left
+            self._about_to_write(update)
+            update.touched = True
+            try:
+                await self._engine.load_from_disk(model_path)
+            except EngineUnreachable:
+                update.touched = False
+                raise
 
     async def _make_visible(self, update: Update) -> None:
         async with self._phase(update, Phase.FLUSH):
             update.cache_flushed = await self._engine.flush(FLUSH_PATIENCE_S)
-        async with self._phase(update, Phase.PUBLISH):
-            await self._engine.publish(update.header.weight_version)
+        if not update.cache_flushed:
+            update.notes.append(NOT_FLUSHED)
+        if update.header.verify:
+            async with self._phase(update, Phase.VERIFY):
+                await self._verify(update)
+        if self._version_carried(update) is None:
+            async with self._phase(update, Phase.PUBLISH):
+                await self._engine.publish(update.header.weight_version)
         async with self._phase(update, Phase.RESUME):
             await self._engine.resume()
 
+    async def _verify(self, update: Update) -> None:
+        """Before publishing, while generation is still held: a version that is wrong is never served."""
+        try:
+            checksums = await self._engine.checksums()
+        except EngineRefused as refusal:
+            update.verification = Verification.UNAVAILABLE
+            update.notes.append(f"not verified: {refusal.message}")
+        else:
+            update.verification = self._verifier.check(update, checksums)
+
+    def _version_carried(self, update: Update) -> str | None:
+        """The version, if it goes with the bucket instead of by a call of its own: where nothing was paused."""
+        unpaused = update.header.pause_mode is PauseMode.NONE and not self._engine.uses_sessions
+        return update.header.weight_version if unpaused else None
+
+    # Breaking off.
+
     async def _break_off(self, update: Update, error: SyncError, dirty: bool) -> None:
-        """Leave the engine as it was if no bucket was posted; otherwise dirty, paused and without an open session."""
-        phase, touched = update.phase, _touched(update, error)
+        """Leave the engine as it was if no weight was written; otherwise dirty, held and without an open session."""
+        phase, touched = update.phase, update.touched
         logger.error("update %s broke off in phase %s: %s", update.id, phase.name.lower(), error.message)
         undone = await self._undo(update, resume=not touched and not dirty)
         restarted = isinstance(error, EngineRestarted) or self._engine.epoch != update.epoch
         if restarted or (undone and not touched):
-            update.end(UpdateState.ABORTED, error)
+            timed_out = isinstance(error, EngineTimeout) and not restarted
+            update.end(UpdateState.ABORTED, refusals.phase_deadline(update, phase, error) if timed_out else error)
         else:
-            update.end(UpdateState.FAILED, _failed(update, phase, error))
+            update.end(UpdateState.FAILED, refusals.failed(update, phase, error))
 
     async def _undo(self, update: Update, *, resume: bool) -> bool:
         """End an open session; let generation go on if it may. Whether all that worked."""
         try:
             if update.phase in (Phase.BEGIN, Phase.LOAD):
                 await self._engine.end_if_open()
-            if resume:
-                await self._engine.resume()
+            await (self._engine.resume() if resume else self._engine.hold())
         except (EngineDown, EngineRestarted):
             return True  # nothing is left to undo: a server that comes back has fresh weights
         except EngineError as failure:
@@ -162,18 +259,10 @@ class Applier:
             update.phase_seconds[phase] = time.monotonic() - started
 
 
-def _touched(update: Update, error: SyncError) -> bool:
-    """Whether weights may have been written: SGLang answers 400 to a bucket only before it writes any of it."""
-    refused_the_first = update.num_posted == 1 and update.num_loaded == 0 and isinstance(error, EngineRefused)
-    return update.num_posted > 0 and not refused_the_first
+def _selector(update: Update) -> Selector:
+    return update.header.selector or Selector.ALL
 
 
-def _failed(update: Update, phase: Phase, error: SyncError) -> UpdateFailed:
-    where = f"in phase {phase.name.lower()}"
-    if phase is Phase.LOAD:
-        where += f" at bucket {update.num_loaded} of {update.num_buckets}"
-    message = f"update {update.id!r} broke off {where} after the engine was touched: {error.message}; generation stays "
-    message += "paused until a complete update is loaded"
-    details = {**error.details, "updateId": update.id, "phase": phase.name, "bucket": update.num_loaded}
-    details |= {"numPosted": update.num_posted, "cause": error.reason}
-    return UpdateFailed(Reason.UPDATE_FAILED, message, **details)
+def _left(update: Update) -> float:
+    """Until weights are touched, the engine is given no longer than the last caller will wait."""
+    return max(0.0, update.patience_until - time.monotonic())

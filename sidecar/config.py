@@ -19,7 +19,7 @@ class Timeouts:
     collect: float = 300.0
     """From the first rank's arrival to the last one's."""
     pause: float = 60.0
-    """SGLang's abort mode waits for requests to end."""
+    """Abort mode and drain mode wait for requests to end."""
     session: float = 60.0
     """begin_weight_update and end_weight_update, each."""
     bucket: float = 300.0
@@ -28,6 +28,10 @@ class Timeouts:
     """One POST of one bucket."""
     flush: float = 10.0
     """Including repeated tries."""
+    verify: float = 120.0
+    """One look at the engine's checksums, if an update asks for it."""
+    disk: float = 1800.0
+    """One load of a checkpoint by the engine itself."""
     publish: float = 30.0
     resume: float = 30.0
     probe: float = 5.0

@@ -15,7 +15,8 @@ from sidecar.engine.info import EngineInfo
 from sidecar.errors import InvalidRequest, Reason
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.memory import CudaIpcMemory, Memory, SharedMemory
-from sidecar.update import Header, PauseMode, Update
+from sidecar.manifest_check import Allowance, Report
+from sidecar.update import Header, PauseMode, Selector, Update
 from sidecar.v1 import weight_sync_pb2 as pb
 
 _PAUSE_MODES = {
@@ -23,6 +24,14 @@ _PAUSE_MODES = {
     pb.PAUSE_MODE_RETRACT: PauseMode.RETRACT,
     pb.PAUSE_MODE_IN_PLACE: PauseMode.IN_PLACE,
     pb.PAUSE_MODE_ABORT: PauseMode.ABORT,
+    pb.PAUSE_MODE_DRAIN: PauseMode.DRAIN,
+    pb.PAUSE_MODE_NONE: PauseMode.NONE,
+}
+_SELECTORS = {
+    pb.SELECTOR_UNSPECIFIED: None,
+    pb.SELECTOR_TARGET: Selector.TARGET,
+    pb.SELECTOR_DRAFT: Selector.DRAFT,
+    pb.SELECTOR_ALL: Selector.ALL,
 }
 _DTYPE_PREFIX = "DATA_TYPE_"
 
@@ -51,17 +60,47 @@ def _unknown_fields(message: Message) -> Iterator[tuple[str, int]]:
 
 def header(message: pb.UpdateHeader) -> Header:
     """The header, with the default pause mode filled in."""
-    mode = _PAUSE_MODES.get(message.pause_mode)
-    if mode is None:
-        problem = f"rank {message.rank}: pause mode {message.pause_mode} is unknown to this sidecar ({__version__})"
-        raise InvalidRequest(Reason.INVALID_HEADER, problem, rank=message.rank, field="pause_mode")
+    if message.selector not in _SELECTORS:
+        raise _unknown(f"rank {message.rank}: selector", message.selector, "selector")
     return Header(
         update_id=message.update_id,
         weight_version=message.weight_version,
         rank=message.rank,
         tp_size=message.tp_size,
-        pause_mode=mode,
+        pause_mode=pause_mode(message.pause_mode, f"rank {message.rank}"),
+        selector=_SELECTORS[message.selector],
+        verify=message.verify,
+        content_digest=message.content_digest,
+        allow=allowance(message.allow),
     )
+
+
+def disk_header(message: pb.UpdateWeightsFromDiskRequest) -> Header:
+    """A disk update's, which has one caller whatever the engine's tp_size."""
+    return Header(
+        update_id=message.update_id,
+        weight_version=message.weight_version,
+        rank=0,
+        tp_size=1,
+        pause_mode=pause_mode(message.pause_mode, "the caller"),
+    )
+
+
+def pause_mode(value: pb.PauseMode.ValueType, who: str) -> PauseMode:
+    """One pause mode; unset is the default."""
+    if value not in _PAUSE_MODES:
+        raise _unknown(f"{who}: pause mode", value, "pause_mode")
+    return _PAUSE_MODES[value]
+
+
+def _unknown(what: str, value: int, field: str) -> InvalidRequest:
+    problem = f"{what} {value} is unknown to this sidecar ({__version__})"
+    return InvalidRequest(Reason.INVALID_HEADER, problem, field=field)
+
+
+def allowance(message: pb.ManifestAllowance) -> Allowance:
+    """Exceptions to the names' checks, in an order of their own so that ranks compare equal."""
+    return Allowance(tuple(sorted(message.unknown)), tuple(sorted(message.missing)))
 
 
 def manifest(message: pb.Manifest) -> Manifest:
@@ -131,10 +170,28 @@ def outcome(update: Update) -> pb.UpdateOutcome:
         error_reason=update.error.reason if update.error else "",
         engine_epoch=update.epoch,
         num_posted_ever=max(update.num_posted, update.num_posted_before),
+        verification=pb.Verification.ValueType(update.verification),
+        notes=update.notes,
     )
     for phase, seconds in update.phase_seconds.items():
         message.phases.add(phase=pb.Phase.ValueType(phase), duration=timedelta(seconds=seconds))
     return message
+
+
+def check_response(digest: str, report: Report) -> pb.CheckManifestResponse:
+    """What a dry run found."""
+    findings = [
+        pb.ManifestFinding(
+            severity=pb.Severity.ValueType(finding.severity),
+            kind=finding.kind,
+            tensors=finding.tensors,
+            message=finding.message,
+        )
+        for finding in report.findings
+    ]
+    return pb.CheckManifestResponse(
+        manifest_digest=digest, findings=findings, sources=report.sources, unchecked=report.unchecked
+    )
 
 
 def engine_info(info: EngineInfo, epoch: int) -> pb.EngineInfo:

@@ -4,29 +4,32 @@ The only writer of updates. Lives on one event loop, so nothing here is locked. 
 
 1. The engine is untouched until every rank has delivered the same checked manifest and its first bucket.
 2. One update is in hand at a time, and it is applied by a task of the coordinator's own: callers only wait for it,
-   so one that cancels, times out or dies after applying began changes nothing.
+   so one that cancels, times out or dies changes nothing about weights that the engine was given.
 3. Every wait is bounded, by the caller's deadline or a setting, and says for which ranks or bucket it was.
 """
 
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from enum import IntEnum
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from sidecar import admission, refusals
-from sidecar.applier import Applier, Engine
+from sidecar import admission, applier, refusals, standing
+from sidecar.applier import Applier
+from sidecar.callers import WHOLE_UPDATE, Callers
 from sidecar.config import Timeouts
 from sidecar.engine.info import EngineInfo
-from sidecar.errors import SyncError, UpdateConflict
+from sidecar.errors import EngineError, SyncError, UpdateConflict
 from sidecar.history import UpdateHistory
-from sidecar.journal import Journal
+from sidecar.journal import Entry, Journal
+from sidecar.manifest import Manifest
+from sidecar.manifest_check import Allowance, Report
 from sidecar.manifest_store import KnownManifest
 from sidecar.memory import Memory
+from sidecar.payload import BucketPayload
+from sidecar.references import References
 from sidecar.served import ServedWeights
+from sidecar.standing import SidecarState, Standing
 from sidecar.update import Header, Phase, Update, UpdateState
 
 logger = logging.getLogger(__name__)
@@ -35,39 +38,11 @@ BREAK_OFF_S = 5.0
 """At the end of a drain, for an update that cannot complete to be broken off in order."""
 
 
-class SidecarState(IntEnum):
-    """The sidecar in one word; the numbers are the protocol's."""
-
-    ENGINE_UNREACHABLE = 1
-    READY = 2
-    COLLECTING = 3
-    APPLYING = 4
-    DIRTY = 5
-    DRAINING = 6
-    UNSYNCED = 7
-
-
-class WatchedEngine(Engine, Protocol):
+class WatchedEngine(applier.Engine, standing.Engine, Protocol):
     """An engine, and what the watch knows of it."""
 
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-
-    @property
-    def problem(self) -> str:
-        """Why ``info`` is None, in a sentence."""
-
-    @property
-    def info(self) -> EngineInfo | None:
-        """What it last said about itself; None while it cannot be reached."""
-
-    def assume_paused(self) -> None:
-        """A predecessor of this process has paused it."""
-
-    @property
-    def weight_version(self) -> str:
-        """What its answers carry."""
+    def attach(self) -> None:
+        """Aim the next steps at the server that answers now."""
 
     async def probe(self) -> EngineInfo:
         """Ask it now; raises ``EngineError``."""
@@ -89,56 +64,41 @@ class Coordinator:
         self._timeouts = timeouts
         self._on_change = on_change
         self._on_ended = on_ended
-        self._applier = Applier(engine, self._wait_for_bucket, self.changed)
+        self._applier = Applier(engine, self._wait_for_bucket, self._about_to_write, self.changed)
         self._updates = UpdateHistory()
+        self._references = References()
         self._current: Update | None = None
-        self._manifest: KnownManifest | None = None
-        self._callers: Counter[tuple[str, int, int]] = Counter()
+        self._payloads: tuple[BucketPayload, ...] = ()
+        self._callers = Callers()
         self._change = asyncio.Event()
         self._applying: asyncio.Task[None] | None = None
+        self._recovering: asyncio.Task[None] | None = None
         self._collect_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._served = ServedWeights(engine, journal or Journal(None), accept_checkpoint=accept_checkpoint)
+        self._standing = Standing(engine, self._served)
 
     # What anyone may ask.
 
     @property
     def state(self) -> SidecarState:
         """In one word."""
-        if self._draining:
-            return SidecarState.DRAINING
-        if self._current and self._current.state is UpdateState.APPLYING:
-            return SidecarState.APPLYING
-        if self._engine.info is None:
-            return SidecarState.ENGINE_UNREACHABLE
-        if self._served.dirty:
-            return SidecarState.DIRTY
-        if self._current:
-            return SidecarState.COLLECTING
-        return SidecarState.UNSYNCED if self._served.unsynced else SidecarState.READY
+        return self._standing.state(self._current, draining=self._draining)
 
     @property
     def reason(self) -> str:
         """Why updates or answers are held up, where they are."""
-        if self._engine.info is None:
-            return self._engine.problem or f"the engine at {self._engine.url} has not answered yet"
-        if self._served.dirty:
-            return self._served.dirty.message
-        if self._served.unsynced:
-            return "the engine was restarted and serves its checkpoint; send a complete update"
-        return self._engine.info.unsupported
+        return self._standing.reason(self._current)
 
     @property
     def ready(self) -> bool:
         """Whether the engine serves the weights of one version, and updates are welcome."""
-        info, served = self._engine.info, self._served
-        in_step = served.dirty is None and not served.unsynced
-        return not self._draining and in_step and info is not None and not info.unsupported
+        return self._standing.ready(self._current, draining=self._draining)
 
     @property
     def weight_version(self) -> str:
         """What the engine serves; empty while that is no one version."""
-        return "" if self._served.dirty or self._engine.info is None else self._engine.weight_version
+        return self._standing.weight_version
 
     @property
     def engine(self) -> EngineInfo | None:
@@ -164,6 +124,11 @@ class Coordinator:
         """One of the last updates by id; raises ``NotKnown``."""
         return self._updates.find(update_id)
 
+    async def check(self, known: KnownManifest, allow: Allowance) -> Report:
+        """A dry run: what would be wrong with an update of this manifest."""
+        info = await self._engine_info()
+        return await self._references.report(known, info.model_path, allow, selector=None)
+
     # What a rank does.
 
     async def update_weights(
@@ -172,6 +137,7 @@ class Coordinator:
         """One rank's whole part; returns the committed update or raises why there is none."""
         admission.check_every_bucket_has_memory(handles, known.manifest, header.rank)
         update = await self._join(header, known, handles)
+        update.wait_until(time.monotonic() + budget_s)
         if update.state.ended:
             self._check_repeated(update, header.rank, handles)
         else:
@@ -179,6 +145,22 @@ class Coordinator:
                 update.deliver(header.rank, bucket, memory)
             update.deliveries[header.rank].committed = True
             self._delivered(update)
+        return await self._until_ended(update, header.rank, budget_s)
+
+    async def update_from_disk(self, header: Header, model_path: str, budget_s: float) -> Update:
+        """The engine loads ``model_path`` (or, if that is empty, what it loaded last) as a version of its own."""
+        info = await self._engine_info()
+        header.check(1)
+        update = self._updates.get(header.update_id)
+        if update is None or update.may_be_tried_again:
+            self._check_new(header, info, num_buckets=0)
+            update = self._new_update(header, info, model_path=model_path or info.model_path)
+            update.join(header.rank).committed = True
+            update.wait_until(time.monotonic() + budget_s)
+            self._start(update, ())
+            self._delivered(update)
+        elif update.model_path != (model_path or info.model_path):
+            raise refusals.id_reused(update, header.rank)
         return await self._until_ended(update, header.rank, budget_s)
 
     async def begin(self, header: Header, known: KnownManifest) -> Update:
@@ -193,6 +175,7 @@ class Coordinator:
         update = self._joined(update_id, rank)
         if not 0 <= bucket < update.num_buckets:
             raise refusals.no_such_bucket(update, rank, bucket)
+        update.wait_until(time.monotonic() + budget_s)
         if update.state is UpdateState.COMMITTED:
             self._check_repeated(update, rank, {bucket: memory})
         elif not update.state.ended:
@@ -211,6 +194,12 @@ class Coordinator:
         update.deliveries[rank].committed = True
         self.changed()
         return await self._until_ended(update, rank, budget_s)
+
+    async def hold(self, update_id: str, rank: int, budget_s: float) -> Update:
+        """One rank shows that it lives; returns the update once it has ended, however it did."""
+        update = self._joined(update_id, rank)
+        await self._wait(update, rank, WHOLE_UPDATE, lambda: update.state.ended, budget_s, refusals.still_going_on)
+        return update
 
     async def abort(self, update_id: str, rank: int, why: str) -> Update:
         """One rank gives the update up for all; raises if nothing can stop it any more."""
@@ -248,9 +237,10 @@ class Coordinator:
         """Check everything that can be checked, and only then take the rank into its update."""
         info = await self._engine_info()
         header.check(info.tp_size)
+        report = await self._references.report(known, info.model_path, header.allow, header.selector)
         if not self._delivered_before(header, handles):  # memory that was read cannot be checked again
             admission.check_handles(handles, known.manifest, header.rank, info.device)
-        update = self._find_or_start(header, known, info.device)
+        update = self._find_or_start(header, known, report, info)
         self._agree(update, header, known)
         if not update.state.ended:
             admission.check_own_memory(handles, header.rank, update.deliveries)
@@ -262,7 +252,9 @@ class Coordinator:
         info = self._engine.info
         if info is None:
             info = await self._engine.probe()
-            self._served.engine_seen()
+            self._engine_seen()
+        if self._recovering:
+            await asyncio.shield(self._recovering)
         if self._draining:
             raise refusals.draining()
         if info.unsupported:
@@ -275,16 +267,23 @@ class Coordinator:
         before = update.deliveries.get(header.rank) if update else None
         return before is not None and bool(handles) and before.handles == handles
 
-    def _find_or_start(self, header: Header, known: KnownManifest, device: str) -> Update:
+    def _find_or_start(self, header: Header, known: KnownManifest, report: Report, info: EngineInfo) -> Update:
         existing = self._updates.get(header.update_id)
-        if existing and existing.state not in (UpdateState.ABORTED, UpdateState.FAILED):
+        if existing and not existing.may_be_tried_again:
             return existing
+        self._check_new(header, info, len(known.manifest.buckets))
+        admission.check_report(report, header)
+        update = self._new_update(header, info, known.manifest, known.digest)
+        update.notes.extend(finding.message for finding in report.findings)
+        self._start(update, known.payloads)
+        return update
+
+    def _check_new(self, header: Header, info: EngineInfo, num_buckets: int) -> None:
+        """Whether an update may begin now."""
         if self._current:
             raise refusals.in_progress(self._current, header)
+        admission.check_suits_engine(header, info, num_buckets)
         self._check_version(header)
-        update = Update(header, known.manifest, known.digest, device, self._engine.epoch, started=time.monotonic())
-        self._start(update, known)
-        return update
 
     def _check_version(self, header: Header) -> None:
         """Versions are unique in an engine's life, and increase where they are decimal numbers."""
@@ -294,8 +293,19 @@ class Coordinator:
         if (not again and (new == served or backwards)) or self._updates.committed(new, self._engine.epoch):
             raise refusals.version_not_new(header, served)
 
-    def _start(self, update: Update, known: KnownManifest) -> None:
-        self._current, self._manifest = update, known
+    def _new_update(
+        self,
+        header: Header,
+        info: EngineInfo,
+        manifest: Manifest = Manifest(()),  # noqa: B008 - frozen
+        digest: str = "",
+        model_path: str | None = None,
+    ) -> Update:
+        now = time.monotonic()
+        return Update(header, manifest, digest, info.device, self._engine.epoch, started=now, model_path=model_path)
+
+    def _start(self, update: Update, payloads: tuple[BucketPayload, ...]) -> None:
+        self._current, self._payloads = update, payloads
         self._updates.add(update)
         timer = asyncio.get_running_loop().call_later
         self._collect_timer = timer(self._timeouts.collect, self._collect_deadline, update, self._timeouts.collect)
@@ -345,14 +355,16 @@ class Coordinator:
         self.changed()
 
     async def _apply(self, update: Update) -> None:
-        assert self._manifest is not None
-        self._served.touching(update)
+        self._served.touching(update, writing=False)
         try:
-            await self._applier.apply(update, self._manifest.payloads, dirty=self._served.dirty is not None)
+            await self._applier.apply(update, self._payloads, dirty=self._served.dirty is not None)
         except Exception as bug:  # the edge of a task that nobody awaits: it must not vanish
             logger.exception("update %s: a defect in the sidecar", update.id)
             update.end(UpdateState.FAILED, refusals.defect(update, bug))
         self._ended(update)
+
+    def _about_to_write(self, update: Update) -> None:
+        self._served.touching(update, writing=True)
 
     def _give_up(self, update: Update, error: SyncError) -> None:
         """COLLECTING -> ABORTED."""
@@ -361,8 +373,10 @@ class Coordinator:
         self._ended(update)
 
     def _ended(self, update: Update) -> None:
-        self._current = self._manifest = self._applying = None
+        self._current = self._applying = None
+        self._payloads = ()
         self._served.ended(update)
+        self._references.ended(update)
         logger.info(
             "update %s (version %s): %s%s",
             update.id,
@@ -382,9 +396,28 @@ class Coordinator:
 
     def engine_changed(self) -> None:
         """The watch has seen something new."""
-        self._served.engine_seen()
+        self._engine_seen()
         if self._current and self._current.state is UpdateState.COLLECTING:
             self._give_up_after_restart(self._current)
+        self.changed()
+
+    def _engine_seen(self) -> None:
+        self._served.engine_seen()
+        if self._served.recoverable and self._recovering is None:
+            self._recovering = asyncio.create_task(self._recover(self._served.recoverable), name="recover")
+
+    async def _recover(self, left: Entry) -> None:
+        """A predecessor ended in the middle of an update: undo it if no weight was written, else hold generation."""
+        try:
+            self._engine.attach()
+            await self._engine.end_if_open()
+            await (self._engine.hold() if left.written else self._engine.resume())
+            self._served.recovered(whole=not left.written)
+        except EngineError as error:
+            logger.warning(
+                "what update %s of a predecessor left cannot be dealt with: %s", left.update_id, error.message
+            )
+        self._recovering = None
         self.changed()
 
     def _give_up_after_restart(self, update: Update) -> bool:
@@ -405,25 +438,37 @@ class Coordinator:
             await self._change.wait()
 
     async def _until_ended(self, update: Update, rank: int, budget_s: float) -> Update:
-        with self._calling(update, rank, bucket=None):
-            try:
-                async with asyncio.timeout(budget_s):
-                    await self._until(lambda: update.state.ended)
-            except TimeoutError:
-                self._caller_deadline(update, budget_s)
+        await self._wait(update, rank, WHOLE_UPDATE, lambda: update.state.ended, budget_s)
         if update.error:
             raise update.error
         return update
 
     async def _until_loaded(self, update: Update, rank: int, bucket: int, budget_s: float) -> None:
-        with self._calling(update, rank, bucket):
-            try:
-                async with asyncio.timeout(budget_s):
-                    await self._until(lambda: update.num_loaded > bucket or update.state.ended)
-            except TimeoutError:
-                self._caller_deadline(update, budget_s)
+        await self._wait(update, rank, bucket, lambda: update.num_loaded > bucket or update.state.ended, budget_s)
         if update.num_loaded <= bucket and update.error:
             raise update.error
+
+    async def _wait(
+        self,
+        update: Update,
+        rank: int,
+        bucket: int,
+        happened: Callable[[], bool],
+        budget_s: float,
+        too_late: Callable[[Update], SyncError] | None = None,
+    ) -> None:
+        """A rank's own wait: its end, by deadline or by cancelling, has consequences for the update.
+
+        ``too_late``: what to raise when the deadline passes, for a wait whose deadline has none.
+        """
+        with self._callers.calling(update.id, rank, bucket, lambda: self._caller_gone(update, rank, bucket)):
+            try:
+                async with asyncio.timeout(budget_s):
+                    await self._until(happened)
+            except TimeoutError:
+                if too_late:
+                    raise too_late(update) from None
+                self._caller_deadline(update, budget_s)
 
     async def _wait_for_bucket(self, update: Update, bucket: int) -> None:
         """For the applier: until every rank has delivered ``bucket`` (committed, past the last), or will not."""
@@ -453,26 +498,10 @@ class Coordinator:
             what = "to arrive" if update.num_buckets == 1 else "to arrive with their first bucket"
             self._give_up(update, refusals.missing(update, update.missing(), what, seconds))
 
-    @contextmanager
-    def _calling(self, update: Update, rank: int, bucket: int | None) -> Iterator[None]:
-        """Count a rank's calls: when the last one goes before its memory was used, the memory goes with it."""
-        key = (update.id, rank, -1 if bucket is None else bucket)
-        self._callers[key] += 1
-        try:
-            yield
-        except asyncio.CancelledError:
-            if self._callers[key] == 1:
-                self._caller_gone(update, rank, bucket)
-            raise
-        finally:
-            self._callers[key] -= 1
-            if not self._callers[key]:
-                del self._callers[key]
-
-    def _caller_gone(self, update: Update, rank: int, bucket: int | None) -> None:
+    def _caller_gone(self, update: Update, rank: int, bucket: int) -> None:
         """Memory that was not posted yet must not be posted any more: it may be gone with its owner."""
         error = refusals.caller_gone(update, rank)
-        last = update.num_buckets - 1 if bucket is None else bucket
+        last = update.num_buckets - 1 if bucket == WHOLE_UPDATE else bucket
         if update.state is UpdateState.COLLECTING:
             self._give_up(update, error)
         elif update.state is UpdateState.APPLYING and last >= update.num_posted:

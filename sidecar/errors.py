@@ -9,12 +9,15 @@
       + LimitExceeded         RESOURCE_EXHAUSTED   too large
       + Draining              UNAVAILABLE          the sidecar is stopping
       + DeadlinePassed        DEADLINE_EXCEEDED    names the phase and the ranks or bucket waited for
+      + ChecksumsDiffer       DATA_LOSS            the engine does not hold what was sent
       + UpdateFailed          INTERNAL             broke off after the engine was touched: it is dirty
       + EngineError
           x EngineUnreachable UNAVAILABLE          the request never reached the engine
               x EngineDown    UNAVAILABLE          nobody listens at its port: that server is gone for good
           x EngineRefused     FAILED_PRECONDITION  the engine answered no
+          x EngineBusy        ABORTED              requests are in flight, and the update may not meet any
           x EngineLost        INTERNAL             sent, and no answer came: its fate is unknown
+              x EngineTimeout INTERNAL             the same, and the engine may be at it still
           x EngineRestarted   ABORTED              another server answers than the one the update began with
 
 Mapped to gRPC once, in ``interceptors``; engine failures are mapped in once, in ``engine.http``. ``reason`` is
@@ -57,6 +60,12 @@ class Reason(StrEnum):
     ENGINE_LOST = "ENGINE_LOST"
     ENGINE_RESTARTED = "ENGINE_RESTARTED"
     VERSION_NOT_NEW = "VERSION_NOT_NEW"
+    ENGINE_TIMEOUT = "ENGINE_TIMEOUT"
+    ENGINE_BUSY = "ENGINE_BUSY"
+    PAUSE_MODE_UNSUITABLE = "PAUSE_MODE_UNSUITABLE"
+    SELECTOR_UNSUITABLE = "SELECTOR_UNSUITABLE"
+    MANIFEST_MISMATCH = "MANIFEST_MISMATCH"
+    CHECKSUMS_DIFFER = "CHECKSUMS_DIFFER"
 
 
 class SyncError(Exception):
@@ -119,6 +128,12 @@ class DeadlinePassed(SyncError):
     status = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+class ChecksumsDiffer(SyncError):
+    """The engine's weights are not what they must be after what was sent."""
+
+    status = grpc.StatusCode.DATA_LOSS
+
+
 class UpdateFailed(SyncError):
     """The update broke off after the engine was touched: the engine is dirty until the next complete update."""
 
@@ -143,8 +158,18 @@ class EngineRefused(EngineError):
     status = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class EngineBusy(EngineError):
+    """Requests are in flight, and the update is one that may not meet any."""
+
+    status = grpc.StatusCode.ABORTED
+
+
 class EngineLost(EngineError):
     """The request was sent and no answer came: whether it was carried out is unknown."""
+
+
+class EngineTimeout(EngineLost):
+    """The same, because its time was over: the engine may be at it still."""
 
 
 class EngineRestarted(EngineError):

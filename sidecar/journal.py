@@ -1,9 +1,9 @@
 """What outlives the sidecar: that an update was being applied, in a small file beside its socket.
 
-Written before the engine is touched and removed once the engine serves one version again, so a sidecar that finds one
-knows that its predecessor died, or was stopped, with the engine in between: paused, perhaps with a session open, with
-weights of no one version. An engine with another seed has been
-started since and has forgotten all that.
+Written before the engine is paused, again before the first weight is written, and removed once the engine serves one
+version again. So a sidecar that finds one knows that its predecessor died, or was stopped, with the engine in between:
+paused, perhaps with a session open, perhaps with weights of no one version. Another engine than the one written about
+has been started since and has forgotten all that.
 
 Invariant: the file is replaced as a whole; one that cannot be read says no less than that an update was in hand.
 """
@@ -24,6 +24,15 @@ class Entry:
     weight_version: str
     engine_seed: str
     """``EngineInfo.seed`` of the server that was touched; empty if unknown."""
+    engine_process: str = ""
+    """``EngineInfo.process`` of it; empty if it could not be seen."""
+    written: bool = True
+    """Whether weights may have been written, or only generation paused."""
+
+    def is_about(self, seed: str, process: str) -> bool:
+        """Whether that may be the server that answers now; in doubt it is."""
+        same_seed = self.engine_seed in ("", seed)
+        return same_seed and (not process or self.engine_process in ("", process))
 
 
 class Journal:

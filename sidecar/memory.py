@@ -21,6 +21,7 @@ SHM_DIRECTORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives
 SHM_HEADER_BYTES = 64
 EVENT_HANDLE_BYTES = 64
 COUNTER_BYTES = 8
+SHARED_COUNT_BYTES = 4
 STORAGE_ALIGNMENT = 16  # torch's allocator cuts blocks at multiples of 512
 EXPANDABLE_HEADER_BYTES = 26
 CUDA_HANDLE_BYTES = 64
@@ -70,6 +71,30 @@ def check(memory: Memory, needed_bytes: int, where: str) -> None:
             _check_shared(memory, where)
 
 
+def let_go(memory: Memory) -> bool:
+    """Whether the engine has opened this memory and dropped it again, as its own count says.
+
+    A CUDA export's counter is 1 from the export on, and 0 once the importer has dropped it; a host file's count is 2
+    with the importer's share and 1 without (run with torch 2.11, 2.13 and 2.14). A file that is gone says nothing.
+    """
+    match memory:
+        case CudaIpcMemory():
+            position = SHM_HEADER_BYTES + COUNTER_BYTES * memory.ref_counter_offset
+            return _number(memory.ref_counter_handle, position, COUNTER_BYTES) == 0
+        case SharedMemory():
+            return _number(memory.name, 0, SHARED_COUNT_BYTES) == 1
+
+
+def _number(name: str, position: int, length: int) -> int | None:
+    """One little-endian number out of a shared-memory file; None if it cannot be read."""
+    try:
+        with (SHM_DIRECTORY / name[1:]).open("rb") as file:
+            file.seek(position)
+            return int.from_bytes(file.read(length), "little")
+    except OSError:
+        return None
+
+
 def _check_cuda(memory: CudaIpcMemory, where: str) -> None:
     handle = memory.memory_handle
     if not _is_cuda_handle(handle):
@@ -107,9 +132,7 @@ def _check_counter(memory: CudaIpcMemory, where: str) -> None:
     position = SHM_HEADER_BYTES + COUNTER_BYTES * memory.ref_counter_offset
     if position + COUNTER_BYTES > length:
         raise _invalid(where, f"ref_counter_offset {memory.ref_counter_offset} is past the end of the counters' file")
-    with (SHM_DIRECTORY / memory.ref_counter_handle[1:]).open("rb") as file:
-        file.seek(position)
-        count = int.from_bytes(file.read(COUNTER_BYTES), "little")
+    count = _number(memory.ref_counter_handle, position, COUNTER_BYTES)
     if count != 1:
         raise _invalid(where, f"the reference count of this handle is {count} instead of 1: export the memory anew")
 

@@ -12,11 +12,12 @@ from sidecar.errors import (
     NotKnown,
     RankAlreadyDelivered,
     Reason,
+    SyncError,
     UnsuitableEngine,
     UpdateConflict,
     UpdateFailed,
 )
-from sidecar.update import Header, Update
+from sidecar.update import Header, Phase, Update
 
 UNTOUCHED = "the engine was not touched and serves the old weights"
 
@@ -114,11 +115,61 @@ def still_applying(update: Update) -> DeadlinePassed:
     return DeadlinePassed(Reason.STILL_APPLYING, message, updateId=update.id, phase=update.phase.name)
 
 
+def still_going_on(update: Update) -> DeadlinePassed:
+    """The deadline of a call that only shows that its rank lives."""
+    message = f"update {update.id!r} is still {update.state.name.lower()}; hold it again"
+    return DeadlinePassed(Reason.STILL_APPLYING, message, updateId=update.id, phase=update.phase.name)
+
+
+def phase_deadline(update: Update, phase: Phase, error: SyncError) -> DeadlinePassed:
+    """The engine did not answer in time, before anything was touched."""
+    message = f"update {update.id!r}: phase {phase.name.lower()} waited for the engine, not for a rank "
+    message += f"({error.message}); {UNTOUCHED}"
+    return DeadlinePassed(
+        Reason.ENGINE_TIMEOUT, message, updateId=update.id, phase=phase.name, bucket=update.num_loaded
+    )
+
+
+def failed(update: Update, phase: Phase, error: SyncError) -> UpdateFailed:
+    """The engine is dirty now: phase, bucket and ranks say how far it got."""
+    where = f"in phase {phase.name.lower()}"
+    if phase is Phase.LOAD and update.num_buckets:
+        where += f" at bucket {update.num_loaded} of {update.num_buckets}"
+    ranks = error.details.get("ranks") or error.details.get("rank") or f"0-{update.header.tp_size - 1}"
+    message = f"update {update.id!r}, ranks {ranks}, broke off {where} after the engine was touched: {error.message}; "
+    message += "generation stays paused until a complete update is loaded, or a checkpoint from disk"
+    details = {**error.details, "updateId": update.id, "phase": phase.name, "bucket": update.num_loaded}
+    details |= {"ranks": ranks, "numPosted": update.num_posted, "cause": error.reason}
+    return UpdateFailed(Reason.UPDATE_FAILED, message, **details)
+
+
 def left_unfinished(update_id: str) -> UpdateFailed:
     """What a predecessor of this process has left."""
     message = f"a sidecar before this one ended while it applied update {update_id!r}; generation stays paused until a "
     message += "complete update is loaded"
     return UpdateFailed(Reason.UPDATE_FAILED, message, updateId=update_id)
+
+
+def cannot_go_unpaused(header: Header, version: str, num_buckets: int) -> UnsuitableEngine:
+    """A pause mode that would let requests meet half of an update."""
+    what = f"{num_buckets} buckets" if num_buckets else "a load from disk"
+    message = f"rank {header.rank}: pause mode none takes one bucket, which carries its version, on SGLang {version}; "
+    message += f"this is {what}; choose another pause mode"
+    return UnsuitableEngine(Reason.PAUSE_MODE_UNSUITABLE, message, rank=header.rank, updateId=header.update_id)
+
+
+def selector_unsuitable(header: Header, why: str) -> UnsuitableEngine:
+    """Models that this engine does not have, or cannot tell apart."""
+    selector = header.selector.value if header.selector else "unspecified"
+    message = f"rank {header.rank}: selector {selector} does not suit this engine: {why}"
+    return UnsuitableEngine(Reason.SELECTOR_UNSUITABLE, message, rank=header.rank, selector=selector)
+
+
+def manifest_mismatch(header: Header, problems: list[str], sources: tuple[str, ...]) -> InvalidRequest:
+    """Tensors that the model does not have, or lacks."""
+    message = f"rank {header.rank}: the manifest does not fit the model ({', '.join(sources) or 'no source'}): "
+    message += f"{'; '.join(problems)}; allow by name what is meant so; {UNTOUCHED}"
+    return InvalidRequest(Reason.MANIFEST_MISMATCH, message, rank=header.rank, updateId=header.update_id)
 
 
 def version_not_new(header: Header, served: str) -> InvalidRequest:

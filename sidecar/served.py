@@ -2,7 +2,9 @@
 
     in step   the first server seen, or one whose last complete update was committed here
     unsynced  a server that was started again since: it serves its checkpoint
-    dirty     an update broke off half-way, here or in a predecessor: weights of no one version, generation paused
+    dirty     an update broke off half-way, here or in a predecessor: weights of no one version, generation held
+    left      a predecessor has paused generation and may have written weights: dirty until ``recover`` is through,
+              which lets generation go on where no weight was written, and otherwise sees that it is held
 
 A complete update leads from any of them to "in step"; a restart leads from any to "unsynced". Nothing else leads out
 of dirty. Invariant: the journal says "begun" whenever a SIGKILL of this process would leave the engine in between.
@@ -31,9 +33,6 @@ class Engine(Protocol):
     def epoch(self) -> int:
         """Counts its lives; 0 until it was seen."""
 
-    def assume_paused(self) -> None:
-        """A predecessor of this process has paused it."""
-
 
 class ServedWeights:
     """The engine's weights, over its lives."""
@@ -43,6 +42,8 @@ class ServedWeights:
         self._journal = journal
         self._accept_checkpoint = accept_checkpoint
         self._left = journal.unfinished()
+        self.recoverable: Entry | None = None
+        """What a predecessor has left this very engine in the middle of, until that was dealt with."""
         self._in_step_epoch = 1  # the first server that is seen serves what its operator started it with
         self._failure: tuple[int, SyncError] | None = None
 
@@ -67,17 +68,30 @@ class ServedWeights:
         if info is None or left is None:
             return
         self._left = None
-        if left.engine_seed in ("", info.seed):
+        if left.is_about(info.seed, info.process):
             logger.warning("update %s of a predecessor was not finished: the engine is dirty", left.update_id)
             self._failure = (self._engine.epoch, refusals.left_unfinished(left.update_id))
-            self._engine.assume_paused()
+            self.recoverable = left
         else:
             self._journal.clear()
 
-    def touching(self, update: Update) -> None:
-        """``update`` is about to touch the engine."""
-        seed = self._engine.info.seed if self._engine.info else ""
-        entry = Entry(update_id=update.id, weight_version=update.header.weight_version, engine_seed=seed)
+    def recovered(self, *, whole: bool) -> None:
+        """What a predecessor left was dealt with; ``whole``: the engine serves what it served before."""
+        self.recoverable = None
+        if whole:
+            self._failure = None
+            self._journal.clear()
+
+    def touching(self, update: Update, *, writing: bool) -> None:
+        """``update`` is about to pause the engine, or to write its first weight."""
+        info = self._engine.info
+        entry = Entry(
+            update_id=update.id,
+            weight_version=update.header.weight_version,
+            engine_seed=info.seed if info else "",
+            engine_process=info.process if info else "",
+            written=writing or self.dirty is not None,
+        )
         try:
             self._journal.begin(entry)
         except OSError as error:

@@ -65,6 +65,11 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
         await self._coordinator.begin(header, known)
         return pb.BeginUpdateResponse(manifest_digest=known.digest)
 
+    async def HoldUpdate(self, request: pb.HoldUpdateRequest, context: Context) -> pb.HoldUpdateResponse:
+        convert.refuse_unknown_fields(request)
+        update = await self._coordinator.hold(request.update_id, request.rank, self._budget(context))
+        return pb.HoldUpdateResponse(outcome=convert.outcome(update))
+
     async def PushBucket(self, request: pb.PushBucketRequest, context: Context) -> pb.PushBucketResponse:
         convert.refuse_unknown_fields(request)
         memory = convert.memory(request.handle, request.rank, request.bucket)
@@ -81,6 +86,20 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
         convert.refuse_unknown_fields(request)
         update = await self._coordinator.abort(request.update_id, request.rank, request.reason)
         return pb.AbortUpdateResponse(outcome=convert.outcome(update))
+
+    async def UpdateWeightsFromDisk(
+        self, request: pb.UpdateWeightsFromDiskRequest, context: Context
+    ) -> pb.UpdateWeightsFromDiskResponse:
+        convert.refuse_unknown_fields(request)
+        header = convert.disk_header(request)
+        update = await self._coordinator.update_from_disk(header, request.model_path, self._budget(context))
+        return pb.UpdateWeightsFromDiskResponse(outcome=convert.outcome(update))
+
+    async def CheckManifest(self, request: pb.CheckManifestRequest, context: Context) -> pb.CheckManifestResponse:
+        convert.refuse_unknown_fields(request)
+        known = await self._manifest(request.manifest, rank=0)
+        report = await self._coordinator.check(known, convert.allowance(request.allow))
+        return convert.check_response(known.digest, report)
 
     async def GetUpdate(self, request: pb.GetUpdateRequest, context: Context) -> pb.GetUpdateResponse:
         convert.refuse_unknown_fields(request)

@@ -9,15 +9,19 @@
                                                  |
                                                  +--- broke off after the engine was touched ---> FAILED (dirty)
 
+A disk update has no buckets and waits for nobody: it is COLLECTING for no longer than its own call takes.
+
 Invariants: the engine is untouched in COLLECTING and ABORTED; ``num_posted`` counts buckets whose POST was begun,
 so the memory of any bucket at or above it was never seen by the engine; nothing leaves an ended state.
 """
 
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from math import inf
 
 from sidecar.errors import InvalidRequest, RankAlreadyDelivered, Reason, SyncError, UnsuitableEngine, UpdateConflict
 from sidecar.manifest import Manifest, first_difference
+from sidecar.manifest_check import Allowance
 from sidecar.memory import Memory
 
 MAX_TEXT = 128
@@ -39,7 +43,7 @@ class UpdateState(IntEnum):
 
 
 class Phase(IntEnum):
-    """The steps of an update in their order; the numbers are the protocol's."""
+    """The steps of an update; the numbers are the protocol's. In time, VERIFY comes between FLUSH and PUBLISH."""
 
     COLLECT = 1
     PAUSE = 2
@@ -49,14 +53,36 @@ class Phase(IntEnum):
     FLUSH = 6
     PUBLISH = 7
     RESUME = 8
+    VERIFY = 9
 
 
 class PauseMode(StrEnum):
-    """What happens to running requests; the names are SGLang's."""
+    """What happens to running requests; the first three names are SGLang's."""
 
     RETRACT = "retract"
     IN_PLACE = "in_place"
     ABORT = "abort"
+    DRAIN = "drain"
+    """They are waited for before anything is touched."""
+    NONE = "none"
+    """Nothing is paused, where no request can meet half of an update."""
+
+
+class Selector(StrEnum):
+    """Which of the engine's models; the names are SGLang's (0.5.21 and later)."""
+
+    ALL = "all"
+    TARGET = "target"
+    DRAFT = "draft"
+
+
+class Verification(IntEnum):
+    """What came of comparing checksums; the numbers are the protocol's."""
+
+    NOT_ASKED = 0
+    CONSISTENT = 1
+    PROVEN = 2
+    UNAVAILABLE = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,15 +94,26 @@ class Header:
     rank: int
     tp_size: int
     pause_mode: PauseMode = PauseMode.RETRACT
+    selector: Selector | None = None
+    """None: not said, which is all of them."""
+    verify: bool = False
+    content_digest: str = ""
+    allow: Allowance = field(default_factory=Allowance)
 
     def check(self, engine_tp_size: int) -> None:
         """Raise if this cannot be an update of an engine with ``engine_tp_size`` TP ranks."""
-        for name, value in (("update_id", self.update_id), ("weight_version", self.weight_version)):
-            if not 0 < len(value) <= MAX_TEXT or not value.isprintable():
-                message = (
-                    f"rank {self.rank}: {name} must be 1 to {MAX_TEXT} printable characters, not {value[:MAX_TEXT]!r}"
-                )
-                raise InvalidRequest(Reason.INVALID_HEADER, message, rank=self.rank, field=name)
+        self._check_text("update_id", self.update_id, at_least=1)
+        self._check_text("weight_version", self.weight_version, at_least=1)
+        self._check_text("content_digest", self.content_digest, at_least=0)
+        self._check_rank(engine_tp_size)
+
+    def _check_text(self, name: str, value: str, at_least: int) -> None:
+        if not at_least <= len(value) <= MAX_TEXT or not value.isprintable():
+            expected = f"{at_least} to {MAX_TEXT} printable characters"
+            message = f"rank {self.rank}: {name} must be {expected}, not {value[:MAX_TEXT]!r}"
+            raise InvalidRequest(Reason.INVALID_HEADER, message, rank=self.rank, field=name)
+
+    def _check_rank(self, engine_tp_size: int) -> None:
         if self.tp_size != engine_tp_size:
             message = f"rank {self.rank}: the trainer sends from {self.tp_size} ranks, but the engine has tp_size "
             message += f"{engine_tp_size}; start one sender per engine TP rank"
@@ -110,6 +147,8 @@ class Update:
     """The engine's, when the update began: the kind of memory that every rank must send."""
     epoch: int = 0
     """The life of the engine that it is for."""
+    model_path: str | None = None
+    """For a disk update, whose manifest is empty: the folder that the engine loads."""
     started: float = 0.0
     """On the coordinator's clock."""
     state: UpdateState = UpdateState.COLLECTING
@@ -119,7 +158,14 @@ class Update:
     num_posted_before: int = 0
     """At its most, over earlier attempts under this id."""
     num_loaded: int = 0
+    touched: bool = False
+    """Whether the engine's weights may have been written."""
+    patience_until: float = -inf
+    """On the coordinator's clock: when the last of its callers' deadlines passes."""
     cache_flushed: bool = False
+    verification: Verification = Verification.NOT_ASKED
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of it, in sentences."""
     phase: Phase = Phase.COLLECT
     phase_seconds: dict[Phase, float] = field(default_factory=dict)
     error: SyncError | None = None
@@ -136,10 +182,19 @@ class Update:
         """How many POSTs it takes."""
         return len(self.manifest.buckets)
 
+    @property
+    def may_be_tried_again(self) -> bool:
+        """Whether its id may be used for the next attempt."""
+        return self.state in (UpdateState.ABORTED, UpdateState.FAILED)
+
+    def wait_until(self, moment: float) -> None:
+        """A caller waits until ``moment``, on the coordinator's clock."""
+        self.patience_until = max(self.patience_until, moment)
+
     def check_same(self, header: Header, manifest: Manifest, digest: str) -> None:
         """Raise ``UpdateConflict`` if another rank's call does not describe this same update."""
         first, rank = self.header, header.rank
-        for name in ("weight_version", "pause_mode"):
+        for name in ("weight_version", "pause_mode", "selector", "verify", "content_digest", "allow"):
             mine, theirs = getattr(first, name), getattr(header, name)
             if mine != theirs:
                 raise self._ranks_differ(rank, f"{name} {mine!r} against {theirs!r}")
@@ -164,7 +219,9 @@ class Update:
             raise RankAlreadyDelivered(Reason.RANK_DELIVERED_TWICE, message, rank=rank, bucket=bucket, updateId=self.id)
 
     def waiting_for(self, bucket: int) -> list[int]:
-        """Ranks that have not delivered ``bucket``, in order."""
+        """Ranks that have not delivered ``bucket``, in order; none past the last bucket."""
+        if bucket >= self.num_buckets:
+            return []
         return [rank for rank in range(self.header.tp_size) if bucket not in self._handles(rank)]
 
     def uncommitted(self) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import requests
 
-from sidecar.errors import EngineDown, EngineLost, EngineRefused, EngineUnreachable, Reason
+from sidecar.errors import EngineDown, EngineLost, EngineRefused, EngineTimeout, EngineUnreachable, Reason
 
 CONNECT_TIMEOUT_S = 5.0
 # SGLang closes connections that were idle for 5 s (uvicorn's keep-alive time-out); one that is about to be closed
@@ -34,7 +34,21 @@ class EngineHttp:
 
     async def get(self, path: str, timeout_s: float) -> dict[str, Any]:
         """GET ``path``: the answer, which must be a JSON object."""
-        response = await self._request("GET", path, None, timeout_s)
+        return self._json_object(path, await self._request("GET", path, None, timeout_s))
+
+    async def ask(self, path: str, body: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        """POST ``body``: the answer, which must be a JSON object."""
+        return self._json_object(path, await self._request("POST", path, body, timeout_s))
+
+    async def answers_ok(self, path: str, timeout_s: float) -> bool:
+        """GET ``path``: whether its status is a success."""
+        try:
+            await self._request("GET", path, None, timeout_s)
+        except EngineRefused:
+            return False
+        return True
+
+    def _json_object(self, path: str, response: requests.Response) -> dict[str, Any]:
         try:
             answer = response.json()
         except requests.exceptions.JSONDecodeError:
@@ -68,13 +82,13 @@ class EngineHttp:
         except requests.exceptions.ConnectTimeout as error:
             raise self._unreachable(EngineUnreachable, path, "no connection in time") from error
         except requests.exceptions.Timeout as error:
-            raise self._lost(path, f"no answer within {timeout_s:.1f} s") from error
+            raise self._lost(EngineTimeout, path, f"no answer within {timeout_s:.1f} s") from error
         except requests.exceptions.RequestException as error:
             if _was_refused(error):
                 raise self._unreachable(EngineDown, path, "connection refused") from error
             if _was_never_sent(error):
                 raise self._unreachable(EngineUnreachable, path, "no connection") from error
-            raise self._lost(path, "the connection broke before an answer came") from error
+            raise self._lost(EngineLost, path, "the connection broke before an answer came") from error
         finally:
             self._last_used = time.monotonic()
         if not response.ok:
@@ -85,9 +99,9 @@ class EngineHttp:
         message = f"the engine at {self.url} cannot be reached ({why}, {path}); is the SGLang server up?"
         return kind(Reason.ENGINE_UNREACHABLE, message, engineUrl=self.url, path=path)
 
-    def _lost(self, path: str, why: str) -> EngineLost:
+    def _lost(self, kind: type[EngineLost], path: str, why: str) -> EngineLost:
         message = f"{path} was sent to the engine at {self.url}, but {why}; whether it was carried out is unknown"
-        return EngineLost(Reason.ENGINE_LOST, message, engineUrl=self.url, path=path)
+        return kind(Reason.ENGINE_LOST, message, engineUrl=self.url, path=path)
 
     def _refused(self, path: str, response: requests.Response) -> EngineRefused:
         said = _message_of(response)

@@ -5,7 +5,7 @@ Source of the rules: SGLang's released wheels 0.5.15.post1 to 0.5.23 (docs/engin
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -23,6 +23,10 @@ class Dialect:
     """begin_weight_update .. end_weight_update around loading."""
     has_selector: bool
     """Bodies name the model runners (target, draft) by ``selector``."""
+
+
+SHOWS_READY_SINCE = Version("0.5.20")
+"""GET /ready: whether requests are taken (srt/entrypoints/http_server.py)."""
 
 
 # Newest first: a release follows the first whose name it is not older than.
@@ -43,6 +47,14 @@ class EngineInfo:
     dialect: Dialect
     seed: str = ""
     """random_seed: new at every start of the server, unless it was set."""
+    shows_ready: bool = False
+    """Whether GET /ready tells if requests are taken."""
+    speculative: bool = False
+    """Whether it has a draft model, so that an update must say which model it is for."""
+    model_path: str = field(default="", compare=False)
+    """What it loaded its weights from; another one after a load from disk, without a restart."""
+    process: str = field(default="", compare=False)
+    """The process that listens at its port, as ``listener`` names it; empty where that cannot be seen."""
     unsupported: str = ""
     """Why it cannot be updated at all; empty if it can."""
 
@@ -57,7 +69,10 @@ def parse(server_info: Mapping[str, Any]) -> EngineInfo:
         device=str(server_info.get("device") or "cuda"),
         dialect=dialect,
         seed=str(server_info.get("random_seed", "")),
-        unsupported=unsupported or _unsupported_layout(server_info),
+        shows_ready=_is_since(version, SHOWS_READY_SINCE),
+        speculative=bool(server_info.get("speculative_algorithm")),
+        model_path=str(server_info.get("model_path") or ""),
+        unsupported=unsupported or _unsupported_layout(server_info, dialect),
     )
 
 
@@ -75,7 +90,14 @@ def _dialect(version: str) -> tuple[Dialect, str]:
     return DIALECTS[-1], f"SGLang {version} is older than {OLDEST_SUPPORTED}; upgrade the engine"
 
 
-def _unsupported_layout(server_info: Mapping[str, Any]) -> str:
+def _is_since(version: str, first: Version) -> bool:
+    try:
+        return Version(version) >= first
+    except InvalidVersion:
+        return False
+
+
+def _unsupported_layout(server_info: Mapping[str, Any], dialect: Dialect) -> str:
     """What this server was started with that makes a tensor update impossible, if anything."""
     if _number(server_info, "pp_size") > 1:
         return "pipeline parallelism (pp_size > 1): every stage would open the same memory handle"
@@ -85,8 +107,8 @@ def _unsupported_layout(server_info: Mapping[str, Any]) -> str:
         return "several nodes (nnodes > 1): a memory handle opens on its own host only"
     if server_info.get("quantization") not in (None, "", "unquant"):
         return f"quantization {server_info['quantization']!r}: SGLang rebuilds such weights in place and may die of it"
-    if server_info.get("speculative_algorithm"):
-        return "speculative decoding: the target's tensors would be loaded into the draft model as well"
+    if server_info.get("speculative_algorithm") and not dialect.has_selector:
+        return "speculative decoding before SGLang 0.5.21: the target's tensors would be loaded into the draft as well"
     if server_info.get("weight_cache_mode") not in (None, "off"):
         return "--weight-cache-mode is on: SGLang dies on an update; start it with off"
     if server_info.get("frontend") not in (None, "python"):

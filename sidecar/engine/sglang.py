@@ -1,7 +1,8 @@
 """The steps of an update, as SGLang's HTTP has them in each release.
 
-Invariant: every call is bounded and made once, but for those that change nothing when repeated (flush, publish,
-resume). Bodies always say ``flush_cache: false``: with the default, a refused flush kills releases up to 0.5.21.
+Invariant: every call is bounded, and one that writes weights is made once. Repeated are only those that change
+nothing when repeated (flush, publish, resume). Bodies always say ``flush_cache: false``: with the default, a refused
+flush kills releases up to 0.5.21.
 """
 
 import asyncio
@@ -12,127 +13,184 @@ from collections.abc import Sequence
 from sidecar import payload
 from sidecar.config import Timeouts
 from sidecar.engine.http import EngineHttp
-from sidecar.engine.info import DIALECTS, Dialect, EngineInfo, parse
-from sidecar.errors import EngineLost, EngineRefused, EngineRestarted, EngineUnreachable, Reason
-from sidecar.update import PauseMode
+from sidecar.engine.info import DIALECTS, Dialect
+from sidecar.engine.life import EngineLife
+from sidecar.errors import (
+    EngineBusy,
+    EngineError,
+    EngineLost,
+    EngineRefused,
+    EngineRestarted,
+    EngineTimeout,
+    EngineUnreachable,
+    Reason,
+)
+from sidecar.update import PauseMode, Selector
 
 # A refused flush is tried again at this pace: requests may be on their way out.
 RETRY_S = 0.25
 IDEMPOTENT_TRIES = 3
 SESSION_ALREADY_OPEN = "already open"
 NO_SESSION_OPEN = "no weight-update session is open"
+OUTSIDE_SESSION = "must run between"
+# Refused in and outside a session, each in its own words, before anything is touched (0.5.21 and later: before that an
+# unknown group kills the server).
+SESSION_PROBE: dict[str, object] = {
+    "names": [],
+    "dtypes": [],
+    "shapes": [],
+    "group_name": "weight-sync-probe",
+    "flush_cache": False,
+}
 
 
-class SGLangEngine:
+class SGLangEngine(EngineLife):
     """One SGLang server; the coordinator's ``Engine``."""
 
     def __init__(self, url: str, timeouts: Timeouts) -> None:
+        super().__init__(url, timeouts)
         self._steps = EngineHttp(url)
-        self._looks = EngineHttp(url)  # of its own, so that a long load hides nothing
-        self._timeouts = timeouts
-        self.info: EngineInfo | None = None
-        self.epoch = 0
-        """How many lives of the server were seen: counts up whenever another one answers than before."""
-        self.weight_version = ""
-        """What answers carry, as last seen or published."""
-        self.problem = ""
-        """Why ``info`` is None, in a sentence."""
-        self.suspect = False
-        """Whether a step got no answer, so that the server may be another one by now."""
-        self._num_published = 0
-        self._publishing = ""
-        """The version that was published last, or is being: the server may have it before its answer is here."""
-        self._last_info: EngineInfo | None = None
-        self._paused = False
         self._bound: tuple[int, Dialect] = (0, DIALECTS[0])
         """The epoch that the update in hand began with, and the rules it follows."""
 
     @property
-    def url(self) -> str:
-        """Where the server listens."""
-        return self._steps.url
+    def uses_sessions(self) -> bool:
+        """Whether the update in hand loads inside a session."""
+        return self._bound[1].uses_sessions
 
-    async def probe(self) -> EngineInfo:
-        """Ask the server what it is, and notice if it is another one than before; raises ``EngineError``."""
-        published, self.suspect = self._num_published, False  # a step that is lost meanwhile asks for another look
-        info = parse(await self._looks.get("/server_info", self._timeouts.probe))
-        version = await self._ask_weight_version()
-        old_answer = self._num_published != published
-        if info != self._last_info or not (old_answer or version in (self.weight_version, self._publishing)):
-            self.epoch += 1
-            self._paused = False
-            self.weight_version = version
-        self.info = self._last_info = info
-        return info
-
-    async def look(self) -> None:
-        """See that the server is there and what it serves; answered without its scheduler, so at any time."""
-        published = self._num_published
-        version = await self._ask_weight_version()
-        if self._num_published == published:  # otherwise the answer may be older than what is known
-            self.weight_version = version
-
-    async def _ask_weight_version(self) -> str:
-        info = await self._looks.get("/model_info", self._timeouts.probe)
-        return str(info.get("weight_version") or "")
-
-    def gone(self, why: str) -> None:
-        """It does not answer: whether what comes back is the same server is seen by the next ``probe``."""
-        self.info, self.problem = None, why
-
-    def died(self) -> None:
-        """That server is no more: whoever answers next is another, even with the same seed and version."""
-        self._last_info = None
-
-    def assume_paused(self) -> None:
-        """A predecessor of this process has paused the server."""
-        self._paused = True
-
-    async def pause(self, mode: PauseMode) -> None:
-        """Hold generation; the mode says what happens to running requests.
-
-        Never "abort" on top of a pause that an update that failed has left: it waits for ever for requests that cannot
-        end, and blocks /continue_generation (SGLang 0.5.23, managers/tokenizer_control_mixin.py). Some pause is always
-        asked for: a server that was started again meanwhile is not paused.
-        """
+    def attach(self) -> None:
+        """Aim the next steps at the server that answers now; raises ``EngineUnreachable``."""
         if self.info is None or self._last_info is None:
             message = self.problem or f"the engine at {self.url} has just gone; is the SGLang server up?"
             raise EngineUnreachable(Reason.ENGINE_UNREACHABLE, message, engineUrl=self.url)
         self._bound = (self.epoch, self.info.dialect)
+
+    # Pausing.
+
+    async def pause(self, mode: PauseMode, limit_s: float) -> None:
+        """Hold generation, within ``limit_s`` and the pause time-out; the mode says what happens to running requests.
+
+        Raises ``EngineBusy`` where the mode needs an idle engine and this one is not.
+        """
+        self.attach()
+        limit_s = min(limit_s, self._timeouts.pause)
+        match mode:
+            case PauseMode.NONE if not self.uses_sessions:
+                return  # SGLang's own lock lets no request meet the one bucket half-loaded
+            case PauseMode.NONE:
+                await self._pause_idle(limit_s, patience_s=0.0)
+            case PauseMode.DRAIN:
+                await self._pause_idle(limit_s, patience_s=limit_s)
+            case _:
+                await self._pause(mode, limit_s)
+
+    async def hold(self) -> None:
+        """See that generation is held, for an update that breaks off without having paused it."""
+        if not self._paused:
+            await self._pause(PauseMode.RETRACT, self._timeouts.pause)
+
+    async def _pause(self, mode: PauseMode, timeout_s: float) -> None:
+        """Never "abort" on top of a pause that an update that failed has left: it waits for ever for requests that
+        cannot end, and blocks /continue_generation (SGLang 0.5.23, managers/tokenizer_control_mixin.py). Some pause is
+        always asked for: a server that was started again meanwhile is not paused.
+        """
         if self._paused and mode is PauseMode.ABORT:
             mode = PauseMode.RETRACT
         self._paused = True  # even if its answer is lost
-        await self._post("/pause_generation", {"mode": mode.value}, self._timeouts.pause)
+        await self._post("/pause_generation", {"mode": mode.value}, timeout_s)
 
-    async def begin(self) -> None:
-        """Open the session, where this release has one. One that was left open is ended first."""
-        if not self._dialect.uses_sessions:
-            return
+    async def _pause_idle(self, limit_s: float, patience_s: float) -> None:
+        """Pause at a moment without running requests; they are waited for while new ones are still taken.
+
+        In place, since that freezes running requests where a flush sees them: one that is refused says that the engine
+        was not idle (after "retract", 0.5.21 and later flush over the requests that wait).
+        """
+        if self._paused:  # by an update that failed: what is in flight cannot end before this one
+            return await self._pause(PauseMode.RETRACT, limit_s)
+        give_up = time.monotonic() + patience_s
+        while True:
+            await self._pause(PauseMode.IN_PLACE, limit_s)
+            if await self._flushed():
+                return None
+            await self.resume()
+            left = give_up - time.monotonic()
+            if left <= 0 or not await self._idle_within(left):
+                raise self._busy(patience_s)
+
+    async def _idle_within(self, seconds: float) -> bool:
+        """SGLang's own wait for an idle engine, which flushes as well."""
         try:
-            await self._begin()
+            await self._post(f"/flush_cache?timeout={seconds:.3f}", {}, seconds + self._timeouts.flush)
+        except EngineRefused:
+            return False
+        return True
+
+    def _busy(self, waited_s: float) -> EngineBusy:
+        message = f"the engine at {self.url} still had requests in flight after {waited_s:.1f} s, and this pause mode "
+        message += "needs an idle engine; wait longer (--pause-timeout and the call's own deadline), or choose retract"
+        return EngineBusy(Reason.ENGINE_BUSY, message, engineUrl=self.url)
+
+    # Loading.
+
+    async def begin(self, selector: Selector, limit_s: float) -> None:
+        """Open the session, where this release has one. One that was left open is ended first."""
+        if not self.uses_sessions:
+            return
+        limit_s = min(limit_s, self._timeouts.session)
+        try:
+            await self._begin(selector, limit_s)
         except EngineRefused as refusal:
             if SESSION_ALREADY_OPEN not in refusal.message:
                 raise
             await self.end()
-            await self._begin()
+            await self._begin(selector, limit_s)
 
-    async def _begin(self) -> None:
-        await self._post("/begin_weight_update", {"selector": "all"}, self._timeouts.session)
+    async def _begin(self, selector: Selector, timeout_s: float) -> None:
+        await self._post("/begin_weight_update", {"selector": selector.value}, timeout_s)
 
-    async def load(self, entries: Sequence[bytes]) -> None:
-        """Load one bucket: ``entries`` has one pickle per TP rank, in rank order."""
+    async def session_is_open(self) -> bool:
+        """Whether the session is open, asked without touching anything; only where sessions exist, while paused."""
+        try:
+            await self._post("/update_weights_from_distributed", SESSION_PROBE, self._timeouts.session)
+        except EngineRefused as refusal:
+            return OUTSIDE_SESSION not in refusal.message
+        raise AssertionError("SGLang cannot receive weights from a group that does not exist")
+
+    async def load(self, entries: Sequence[bytes], selector: Selector, weight_version: str | None) -> None:
+        """Load one bucket: ``entries`` has one pickle per TP rank, in rank order.
+
+        ``weight_version``: set together with the bucket, for an update that does not pause.
+        """
         body: dict[str, object] = {
             "serialized_named_tensors": [base64.b64encode(entry).decode() for entry in entries],
             "load_format": payload.LOAD_FORMAT,
             "flush_cache": False,
         }
-        if self._dialect.has_selector:
-            body["selector"] = "all"
+        if self._bound[1].has_selector:
+            body["selector"] = selector.value
+        if weight_version is not None:
+            body["weight_version"] = self._publishing = weight_version
         await self._post("/update_weights_from_tensor", body, self._timeouts.load)
+        if weight_version is not None:
+            self._published(weight_version)
+
+    async def load_from_disk(self, model_path: str) -> None:
+        """Have the server load a checkpoint that it can read itself; needs no session."""
+        body = {"model_path": model_path, "flush_cache": False, "abort_all_requests": False}
+        await self._post("/update_weights_from_disk", body, self._timeouts.disk)
+
+    async def settle(self, lost: EngineLost) -> None:
+        """Wait until the scheduler has dealt with a load whose answer was ``lost``; raises if it has not in time.
+
+        /server_info is answered by the scheduler, in turn.
+        """
+        had_its_time = isinstance(lost, EngineTimeout)
+        await self._steps.get("/server_info", self._timeouts.probe if had_its_time else self._timeouts.load)
+        await self.probe()
 
     async def end(self) -> None:
         """Close the session, where this release has one: the engine finishes what it derives from the weights."""
-        if self._dialect.uses_sessions:
+        if self.uses_sessions:
             await self._post("/end_weight_update", {}, self._timeouts.session)
 
     async def end_if_open(self) -> None:
@@ -143,61 +201,83 @@ class SGLangEngine:
             if NO_SESSION_OPEN not in refusal.message:
                 raise
 
+    # Making it visible.
+
     async def flush(self, patience_s: float) -> bool:
-        """Empty the prefix cache; False if the engine refused for ``patience_s`` because requests are in its way.
+        """Empty the prefix cache; False if that did not work for ``patience_s``, as requests are in its way.
 
         Plain /flush_cache: its waiting form wants an idle engine, which a paused one with requests never is.
         """
         give_up = time.monotonic() + min(patience_s, self._timeouts.flush)
-        while True:
-            try:
-                await self._post("/flush_cache", {}, self._timeouts.flush)
-            except EngineRefused:
-                if time.monotonic() + RETRY_S > give_up:
-                    return False
-                await asyncio.sleep(RETRY_S)
-            else:
-                return True
+        while not await self._flushed():
+            if time.monotonic() + RETRY_S > give_up:
+                return False
+            await asyncio.sleep(RETRY_S)
+        return True
+
+    async def _flushed(self) -> bool:
+        try:
+            await self._post("/flush_cache", {}, self._timeouts.flush)
+        except (EngineRefused, EngineLost):
+            return False
+        return True
+
+    async def checksums(self) -> list[dict[str, str]]:
+        """By TP rank: each tensor's name and digest. ``EngineRefused`` where this server cannot compute them."""
+        self._check_bound()
+        answer = await self._steps.ask("/weights_checker", {"action": "checksum"}, self._timeouts.verify)
+        return [dict(rank["checksums"]) for rank in answer["ranks"]]
 
     async def publish(self, weight_version: str) -> None:
         """Set the version that answers carry; keeps requests alive (SGLang's default aborts them all)."""
         body = {"new_version": weight_version, "abort_all_requests": False}
         self._publishing = weight_version
-        await self._repeatable("/update_weight_version", body, self._timeouts.publish)
-        self.weight_version = weight_version
-        self._num_published += 1
+        for tries_left in reversed(range(IDEMPOTENT_TRIES)):
+            try:
+                await self._post("/update_weight_version", body, self._timeouts.publish)
+                break
+            except (EngineLost, EngineRefused):
+                if await self.serves(weight_version):
+                    break
+                if not tries_left:
+                    raise
+        self._published(weight_version)
+
+    async def serves(self, weight_version: str) -> bool:
+        """Whether the server says that its answers carry that version."""
+        try:
+            return await self.ask_weight_version() == weight_version
+        except EngineError:
+            return False
 
     async def resume(self) -> None:
         """Let generation go on."""
-        await self._repeatable("/continue_generation", {}, self._timeouts.resume)
-        self._paused = False
+        for _ in range(IDEMPOTENT_TRIES - 1):
+            try:
+                await self._post("/continue_generation", {}, self._timeouts.resume)
+                break
+            except (EngineLost, EngineRefused):
+                await asyncio.sleep(RETRY_S)
+        else:
+            await self._post("/continue_generation", {}, self._timeouts.resume)
+        self._resumed()
 
     def close(self) -> None:
         """Let the connections go."""
         self._steps.close()
-        self._looks.close()
-
-    async def _repeatable(self, path: str, body: dict[str, object], timeout_s: float) -> None:
-        """A call that changes nothing when repeated: a lost or bad answer is asked for again."""
-        for _ in range(IDEMPOTENT_TRIES - 1):
-            try:
-                return await self._post(path, body, timeout_s)
-            except (EngineLost, EngineRefused):
-                await asyncio.sleep(RETRY_S)
-        return await self._post(path, body, timeout_s)
+        super().close()
 
     async def _post(self, path: str, body: dict[str, object], timeout_s: float) -> None:
         """A step of the update in hand, for the very server that it began with."""
-        if self.epoch != self._bound[0] or self._last_info is None:
-            message = f"the engine at {self.url} was restarted during the update and has lost what was loaded; "
-            message += "send the update again"
-            raise EngineRestarted(Reason.ENGINE_RESTARTED, message, engineUrl=self.url)
+        self._check_bound()
         try:
             await self._steps.post(path, body, timeout_s)
         except (EngineLost, EngineUnreachable):
             self.suspect = True
             raise
 
-    @property
-    def _dialect(self) -> Dialect:
-        return self._bound[1]
+    def _check_bound(self) -> None:
+        if self.epoch != self._bound[0] or self._last_info is None:
+            message = f"the engine at {self.url} was restarted during the update and has lost what was loaded; "
+            message += "send the update again"
+            raise EngineRestarted(Reason.ENGINE_RESTARTED, message, engineUrl=self.url)

@@ -122,6 +122,14 @@ class _PauseModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PauseMode.V
     """
     PAUSE_MODE_ABORT: _PauseMode.ValueType  # 3
     """Running requests are ended, with finish reason "abort"."""
+    PAUSE_MODE_DRAIN: _PauseMode.ValueType  # 4
+    """Running requests are waited for before anything is touched, at most for the pause time-out; then generation is
+    paused and the cache is empty. If they do not end in time the update is aborted with the engine untouched.
+    """
+    PAUSE_MODE_NONE: _PauseMode.ValueType  # 5
+    """Nothing is paused. Only where no request can meet half of an update: one bucket, which carries its version, on
+    releases without sessions (before 0.5.21); on later ones only while the engine is idle. Refused otherwise.
+    """
 
 class PauseMode(_PauseMode, metaclass=_PauseModeEnumTypeWrapper):
     """What happens to running requests while weights are replaced. The names are SGLang's."""
@@ -136,7 +144,75 @@ cache cannot be flushed while there are any: the outcome then says cache_flushed
 """
 PAUSE_MODE_ABORT: PauseMode.ValueType  # 3
 """Running requests are ended, with finish reason "abort"."""
+PAUSE_MODE_DRAIN: PauseMode.ValueType  # 4
+"""Running requests are waited for before anything is touched, at most for the pause time-out; then generation is
+paused and the cache is empty. If they do not end in time the update is aborted with the engine untouched.
+"""
+PAUSE_MODE_NONE: PauseMode.ValueType  # 5
+"""Nothing is paused. Only where no request can meet half of an update: one bucket, which carries its version, on
+releases without sessions (before 0.5.21); on later ones only while the engine is idle. Refused otherwise.
+"""
 Global___PauseMode: _TypeAlias = PauseMode  # noqa: Y015
+
+class _Selector:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SelectorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Selector.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SELECTOR_UNSPECIFIED: _Selector.ValueType  # 0
+    """All of them; refused by an engine with a draft model, whose update must say which."""
+    SELECTOR_TARGET: _Selector.ValueType  # 1
+    """The model that is served."""
+    SELECTOR_DRAFT: _Selector.ValueType  # 2
+    """The draft model."""
+    SELECTOR_ALL: _Selector.ValueType  # 3
+    """Both, from the same tensors."""
+
+class Selector(_Selector, metaclass=_SelectorEnumTypeWrapper):
+    """Which of the engine's models an update is for, where it decodes speculatively (SGLang 0.5.21 and later)."""
+
+SELECTOR_UNSPECIFIED: Selector.ValueType  # 0
+"""All of them; refused by an engine with a draft model, whose update must say which."""
+SELECTOR_TARGET: Selector.ValueType  # 1
+"""The model that is served."""
+SELECTOR_DRAFT: Selector.ValueType  # 2
+"""The draft model."""
+SELECTOR_ALL: Selector.ValueType  # 3
+"""Both, from the same tensors."""
+Global___Selector: _TypeAlias = Selector  # noqa: Y015
+
+class _Verification:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VerificationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verification.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERIFICATION_UNSPECIFIED: _Verification.ValueType  # 0
+    """Not asked for, or not reached."""
+    VERIFICATION_CONSISTENT: _Verification.ValueType  # 1
+    """All ranks hold the same tensors, and those that every rank holds whole are equal; there was nothing to compare
+    the content with.
+    """
+    VERIFICATION_PROVEN: _Verification.ValueType  # 2
+    """The same, and every checksum equals that of the last verified update with this content_digest."""
+    VERIFICATION_UNAVAILABLE: _Verification.ValueType  # 3
+    """The engine does not compute checksums; the reason is in the notes."""
+
+class Verification(_Verification, metaclass=_VerificationEnumTypeWrapper):
+    """What the sidecar found when it compared the engine's checksums (UpdateHeader.verify)."""
+
+VERIFICATION_UNSPECIFIED: Verification.ValueType  # 0
+"""Not asked for, or not reached."""
+VERIFICATION_CONSISTENT: Verification.ValueType  # 1
+"""All ranks hold the same tensors, and those that every rank holds whole are equal; there was nothing to compare
+the content with.
+"""
+VERIFICATION_PROVEN: Verification.ValueType  # 2
+"""The same, and every checksum equals that of the last verified update with this content_digest."""
+VERIFICATION_UNAVAILABLE: Verification.ValueType  # 3
+"""The engine does not compute checksums; the reason is in the notes."""
+Global___Verification: _TypeAlias = Verification  # noqa: Y015
 
 class _Feature:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -158,6 +234,16 @@ class _FeatureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Feature.Value
     """MemoryHandle.cuda_ipc."""
     FEATURE_SHARED_MEMORY: _Feature.ValueType  # 6
     """MemoryHandle.shared_memory."""
+    FEATURE_SELECTOR: _Feature.ValueType  # 7
+    """UpdateHeader.selector."""
+    FEATURE_VERIFY: _Feature.ValueType  # 8
+    """UpdateHeader.verify and content_digest."""
+    FEATURE_CHECK_MANIFEST: _Feature.ValueType  # 9
+    """CheckManifest and UpdateHeader.allow."""
+    FEATURE_DISK_UPDATE: _Feature.ValueType  # 10
+    """UpdateWeightsFromDisk."""
+    FEATURE_HOLD_UPDATE: _Feature.ValueType  # 11
+    """HoldUpdate."""
 
 class Feature(_Feature, metaclass=_FeatureEnumTypeWrapper):
     """Something this sidecar's protocol can do. Absent means that an adapter must not ask for it."""
@@ -176,6 +262,16 @@ FEATURE_CUDA_IPC: Feature.ValueType  # 5
 """MemoryHandle.cuda_ipc."""
 FEATURE_SHARED_MEMORY: Feature.ValueType  # 6
 """MemoryHandle.shared_memory."""
+FEATURE_SELECTOR: Feature.ValueType  # 7
+"""UpdateHeader.selector."""
+FEATURE_VERIFY: Feature.ValueType  # 8
+"""UpdateHeader.verify and content_digest."""
+FEATURE_CHECK_MANIFEST: Feature.ValueType  # 9
+"""CheckManifest and UpdateHeader.allow."""
+FEATURE_DISK_UPDATE: Feature.ValueType  # 10
+"""UpdateWeightsFromDisk."""
+FEATURE_HOLD_UPDATE: Feature.ValueType  # 11
+"""HoldUpdate."""
 Global___Feature: _TypeAlias = Feature  # noqa: Y015
 
 class _SidecarState:
@@ -200,6 +296,10 @@ class _SidecarStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SidecarS
     """The sidecar is stopping and takes no new update."""
     SIDECAR_STATE_UNSYNCED: _SidecarState.ValueType  # 7
     """The engine was restarted and serves its checkpoint: not ready until a complete update, unless configured so."""
+    SIDECAR_STATE_PAUSED: _SidecarState.ValueType  # 8
+    """The engine is up but takes no requests, and no update of this sidecar is the reason: it starts, or somebody has
+    paused it. A complete update lets it go on.
+    """
 
 class SidecarState(_SidecarState, metaclass=_SidecarStateEnumTypeWrapper):
     """What an orchestrator cares for."""
@@ -220,6 +320,10 @@ SIDECAR_STATE_DRAINING: SidecarState.ValueType  # 6
 """The sidecar is stopping and takes no new update."""
 SIDECAR_STATE_UNSYNCED: SidecarState.ValueType  # 7
 """The engine was restarted and serves its checkpoint: not ready until a complete update, unless configured so."""
+SIDECAR_STATE_PAUSED: SidecarState.ValueType  # 8
+"""The engine is up but takes no requests, and no update of this sidecar is the reason: it starts, or somebody has
+paused it. A complete update lets it go on.
+"""
 Global___SidecarState: _TypeAlias = SidecarState  # noqa: Y015
 
 class _UpdateState:
@@ -282,9 +386,11 @@ class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType
     """The version is set."""
     PHASE_RESUME: _Phase.ValueType  # 8
     """Generation goes on."""
+    PHASE_VERIFY: _Phase.ValueType  # 9
+    """The engine's checksums are compared, if the update asks for it."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
-    """The steps of an update, in their order."""
+    """The steps of an update. In time, VERIFY comes between FLUSH and PUBLISH."""
 
 PHASE_UNSPECIFIED: Phase.ValueType  # 0
 """Not set."""
@@ -304,7 +410,33 @@ PHASE_PUBLISH: Phase.ValueType  # 7
 """The version is set."""
 PHASE_RESUME: Phase.ValueType  # 8
 """Generation goes on."""
+PHASE_VERIFY: Phase.ValueType  # 9
+"""The engine's checksums are compared, if the update asks for it."""
 Global___Phase: _TypeAlias = Phase  # noqa: Y015
+
+class _Severity:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SeverityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Severity.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SEVERITY_UNSPECIFIED: _Severity.ValueType  # 0
+    """Not set."""
+    SEVERITY_ERROR: _Severity.ValueType  # 1
+    """An update would be refused."""
+    SEVERITY_WARNING: _Severity.ValueType  # 2
+    """An update would be carried out; a person should know."""
+
+class Severity(_Severity, metaclass=_SeverityEnumTypeWrapper):
+    """How much a finding matters."""
+
+SEVERITY_UNSPECIFIED: Severity.ValueType  # 0
+"""Not set."""
+SEVERITY_ERROR: Severity.ValueType  # 1
+"""An update would be refused."""
+SEVERITY_WARNING: Severity.ValueType  # 2
+"""An update would be carried out; a person should know."""
+Global___Severity: _TypeAlias = Severity  # noqa: Y015
 
 @_typing.final
 class TensorSpec(_message.Message):
@@ -555,6 +687,10 @@ class UpdateHeader(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     TP_SIZE_FIELD_NUMBER: _builtins.int
     PAUSE_MODE_FIELD_NUMBER: _builtins.int
+    SELECTOR_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
+    CONTENT_DIGEST_FIELD_NUMBER: _builtins.int
+    ALLOW_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Names the update; chosen by the trainer, the same on every rank, at most 128 printable characters. The id of an
     update that was aborted or failed may be used for the next attempt; that of a committed one never again.
@@ -569,6 +705,18 @@ class UpdateHeader(_message.Message):
     """How many ranks the trainer sends from; must be the engine's tp_size."""
     pause_mode: Global___PauseMode.ValueType
     """What happens to running requests."""
+    selector: Global___Selector.ValueType
+    """Which of the engine's models."""
+    verify: _builtins.bool
+    """Whether the engine's checksums are compared before the version is published; a difference fails the update."""
+    content_digest: _builtins.str
+    """Names the content, for verify: two updates with the same digest must give the same checksums. Made by the
+    trainer in any way it likes, at most 128 printable characters; empty: there is nothing to compare with.
+    """
+    @_builtins.property
+    def allow(self) -> Global___ManifestAllowance:
+        """Names that may be sent although the model does not have them, and that may be missing although it does."""
+
     def __init__(
         self,
         *,
@@ -577,14 +725,48 @@ class UpdateHeader(_message.Message):
         rank: _builtins.int = ...,
         tp_size: _builtins.int = ...,
         pause_mode: Global___PauseMode.ValueType = ...,
+        selector: Global___Selector.ValueType = ...,
+        verify: _builtins.bool = ...,
+        content_digest: _builtins.str = ...,
+        allow: Global___ManifestAllowance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pause_mode", b"pause_mode", "rank", b"rank", "tp_size", b"tp_size", "update_id", b"update_id", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "content_digest", b"content_digest", "pause_mode", b"pause_mode", "rank", b"rank", "selector", b"selector", "tp_size", b"tp_size", "update_id", b"update_id", "verify", b"verify", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateHeader: _TypeAlias = UpdateHeader  # noqa: Y015
+
+@_typing.final
+class ManifestAllowance(_message.Message):
+    """Exceptions to what is checked of a manifest's names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNKNOWN_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def unknown(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tensors that the engine will skip. Names, or patterns with * and ?."""
+
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tensors that keep their old weights. Names, or patterns with * and ?."""
+
+    def __init__(
+        self,
+        *,
+        unknown: _abc.Iterable[_builtins.str] | None = ...,
+        missing: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "unknown", b"unknown"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ManifestAllowance: _TypeAlias = ManifestAllowance  # noqa: Y015
 
 @_typing.final
 class GetCapabilitiesRequest(_message.Message):
@@ -801,6 +983,8 @@ class UpdateOutcome(_message.Message):
     ERROR_REASON_FIELD_NUMBER: _builtins.int
     ENGINE_EPOCH_FIELD_NUMBER: _builtins.int
     NUM_POSTED_EVER_FIELD_NUMBER: _builtins.int
+    VERIFICATION_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Its id."""
     weight_version: _builtins.str
@@ -827,6 +1011,8 @@ class UpdateOutcome(_message.Message):
     """num_posted, at its most over all attempts under this id: memory of no attempt at or above it was ever seen by
     the engine.
     """
+    verification: Global___Verification.ValueType
+    """What came of verify."""
     @_builtins.property
     def waiting_for_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks that it waits for, while it collects or waits for a bucket."""
@@ -834,6 +1020,12 @@ class UpdateOutcome(_message.Message):
     @_builtins.property
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___PhaseDuration]:
         """Phases so far."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a person should know of a committed update: a reply that was lost and how its fate was found out, requests
+        that kept the cache from being flushed, what could not be verified.
+        """
 
     def __init__(
         self,
@@ -851,10 +1043,12 @@ class UpdateOutcome(_message.Message):
         error_reason: _builtins.str = ...,
         engine_epoch: _builtins.int = ...,
         num_posted_ever: _builtins.int = ...,
+        verification: Global___Verification.ValueType = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_flushed", b"cache_flushed", "engine_epoch", b"engine_epoch", "error", b"error", "error_reason", b"error_reason", "manifest_digest", b"manifest_digest", "num_buckets", b"num_buckets", "num_posted", b"num_posted", "num_posted_ever", b"num_posted_ever", "phases", b"phases", "state", b"state", "update_id", b"update_id", "waiting_for_ranks", b"waiting_for_ranks", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_flushed", b"cache_flushed", "engine_epoch", b"engine_epoch", "error", b"error", "error_reason", b"error_reason", "manifest_digest", b"manifest_digest", "notes", b"notes", "num_buckets", b"num_buckets", "num_posted", b"num_posted", "num_posted_ever", b"num_posted_ever", "phases", b"phases", "state", b"state", "update_id", b"update_id", "verification", b"verification", "waiting_for_ranks", b"waiting_for_ranks", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -971,6 +1165,56 @@ class BeginUpdateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BeginUpdateResponse: _TypeAlias = BeginUpdateResponse  # noqa: Y015
+
+@_typing.final
+class HoldUpdateRequest(_message.Message):
+    """See WeightSyncService.HoldUpdate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPDATE_ID_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    update_id: _builtins.str
+    """Which update."""
+    rank: _builtins.int
+    """From which rank."""
+    def __init__(
+        self,
+        *,
+        update_id: _builtins.str = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "update_id", b"update_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldUpdateRequest: _TypeAlias = HoldUpdateRequest  # noqa: Y015
+
+@_typing.final
+class HoldUpdateResponse(_message.Message):
+    """See WeightSyncService.HoldUpdate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcome(self) -> Global___UpdateOutcome:
+        """How it ended."""
+
+    def __init__(
+        self,
+        *,
+        outcome: Global___UpdateOutcome | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldUpdateResponse: _TypeAlias = HoldUpdateResponse  # noqa: Y015
 
 @_typing.final
 class PushBucketRequest(_message.Message):
@@ -1128,6 +1372,170 @@ class AbortUpdateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortUpdateResponse: _TypeAlias = AbortUpdateResponse  # noqa: Y015
+
+@_typing.final
+class UpdateWeightsFromDiskRequest(_message.Message):
+    """See WeightSyncService.UpdateWeightsFromDisk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPDATE_ID_FIELD_NUMBER: _builtins.int
+    WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
+    MODEL_PATH_FIELD_NUMBER: _builtins.int
+    PAUSE_MODE_FIELD_NUMBER: _builtins.int
+    update_id: _builtins.str
+    """Names the update, as UpdateHeader.update_id does."""
+    weight_version: _builtins.str
+    """What the engine reports as weight_version afterwards; new, as in UpdateHeader."""
+    model_path: _builtins.str
+    """A folder that the engine can read; empty: the one that it was started with."""
+    pause_mode: Global___PauseMode.ValueType
+    """What happens to running requests."""
+    def __init__(
+        self,
+        *,
+        update_id: _builtins.str = ...,
+        weight_version: _builtins.str = ...,
+        model_path: _builtins.str = ...,
+        pause_mode: Global___PauseMode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_path", b"model_path", "pause_mode", b"pause_mode", "update_id", b"update_id", "weight_version", b"weight_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateWeightsFromDiskRequest: _TypeAlias = UpdateWeightsFromDiskRequest  # noqa: Y015
+
+@_typing.final
+class UpdateWeightsFromDiskResponse(_message.Message):
+    """See WeightSyncService.UpdateWeightsFromDisk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcome(self) -> Global___UpdateOutcome:
+        """Always COMMITTED: anything else is an error."""
+
+    def __init__(
+        self,
+        *,
+        outcome: Global___UpdateOutcome | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateWeightsFromDiskResponse: _TypeAlias = UpdateWeightsFromDiskResponse  # noqa: Y015
+
+@_typing.final
+class CheckManifestRequest(_message.Message):
+    """See WeightSyncService.CheckManifest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    ALLOW_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def manifest(self) -> Global___ManifestReference:
+        """What would be sent."""
+
+    @_builtins.property
+    def allow(self) -> Global___ManifestAllowance:
+        """Exceptions, as an update would have them."""
+
+    def __init__(
+        self,
+        *,
+        manifest: Global___ManifestReference | None = ...,
+        allow: Global___ManifestAllowance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "manifest", b"manifest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckManifestRequest: _TypeAlias = CheckManifestRequest  # noqa: Y015
+
+@_typing.final
+class ManifestFinding(_message.Message):
+    """One thing that a check found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEVERITY_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    severity: Global___Severity.ValueType
+    """Whether an update would be refused for it."""
+    kind: _builtins.str
+    """A stable name for programs: UNKNOWN_TENSOR, MISSING_TENSOR, SHAPE_MISMATCH, DTYPE_DIFFERS, FUSED_GROUP_SPLIT."""
+    message: _builtins.str
+    """In a sentence."""
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The tensors, at most 20 of them."""
+
+    def __init__(
+        self,
+        *,
+        severity: Global___Severity.ValueType = ...,
+        kind: _builtins.str = ...,
+        tensors: _abc.Iterable[_builtins.str] | None = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "message", b"message", "severity", b"severity", "tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ManifestFinding: _TypeAlias = ManifestFinding  # noqa: Y015
+
+@_typing.final
+class CheckManifestResponse(_message.Message):
+    """See WeightSyncService.CheckManifest. A manifest that no engine could take is an error of the call instead."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    UNCHECKED_FIELD_NUMBER: _builtins.int
+    manifest_digest: _builtins.str
+    """What ManifestReference.digest takes."""
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___ManifestFinding]:
+        """What was found; empty: nothing."""
+
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the manifest was compared with, such as "checkpoint /models/x" or "update 12"."""
+
+    @_builtins.property
+    def unchecked(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What could not be checked, and why, in sentences."""
+
+    def __init__(
+        self,
+        *,
+        manifest_digest: _builtins.str = ...,
+        findings: _abc.Iterable[Global___ManifestFinding] | None = ...,
+        sources: _abc.Iterable[_builtins.str] | None = ...,
+        unchecked: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "manifest_digest", b"manifest_digest", "sources", b"sources", "unchecked", b"unchecked"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckManifestResponse: _TypeAlias = CheckManifestResponse  # noqa: Y015
 
 @_typing.final
 class GetUpdateRequest(_message.Message):

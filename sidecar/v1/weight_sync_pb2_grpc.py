@@ -55,6 +55,11 @@ class WeightSyncServiceStub:
                 request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.BeginUpdateRequest.SerializeToString,
                 response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.BeginUpdateResponse.FromString,
                 _registered_method=True)
+        self.HoldUpdate = channel.unary_unary(
+                '/sidecar.v1.WeightSyncService/HoldUpdate',
+                request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.HoldUpdateRequest.SerializeToString,
+                response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.HoldUpdateResponse.FromString,
+                _registered_method=True)
         self.PushBucket = channel.unary_unary(
                 '/sidecar.v1.WeightSyncService/PushBucket',
                 request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.PushBucketRequest.SerializeToString,
@@ -69,6 +74,16 @@ class WeightSyncServiceStub:
                 '/sidecar.v1.WeightSyncService/AbortUpdate',
                 request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.AbortUpdateRequest.SerializeToString,
                 response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.AbortUpdateResponse.FromString,
+                _registered_method=True)
+        self.UpdateWeightsFromDisk = channel.unary_unary(
+                '/sidecar.v1.WeightSyncService/UpdateWeightsFromDisk',
+                request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.UpdateWeightsFromDiskRequest.SerializeToString,
+                response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.UpdateWeightsFromDiskResponse.FromString,
+                _registered_method=True)
+        self.CheckManifest = channel.unary_unary(
+                '/sidecar.v1.WeightSyncService/CheckManifest',
+                request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.CheckManifestRequest.SerializeToString,
+                response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.CheckManifestResponse.FromString,
                 _registered_method=True)
         self.GetUpdate = channel.unary_unary(
                 '/sidecar.v1.WeightSyncService/GetUpdate',
@@ -110,6 +125,15 @@ class WeightSyncServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HoldUpdate(self, request, context):
+        """Shows that this rank lives between its other calls: returns when the update has ended. While a rank holds its
+        update, the death of its process is noticed at once, as a call that breaks off; without it, a rank that says
+        nothing is waited for until the sidecar's bucket time-out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PushBucket(self, request, context):
         """Hands over one bucket: returns when the engine has loaded it, so that its memory can be used again as soon as
         its reference count says so. Several calls may be in flight; buckets are loaded in the manifest's order.
@@ -128,6 +152,21 @@ class WeightSyncServiceServicer:
     def AbortUpdate(self, request, context):
         """Gives an update up for all ranks. Before the first bucket was sent to the engine this changes nothing there;
         afterwards the engine is dirty until the next complete update.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateWeightsFromDisk(self, request, context):
+        """Has the engine load a checkpoint from its own disk, as a version of its own: returns when it serves that. Heals a
+        dirty engine without a trainer. One caller is enough, whatever the engine's tp_size.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckManifest(self, request, context):
+        """A dry run: what would be wrong with an update of this manifest. Nothing is loaded and nothing is paused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,6 +202,11 @@ def add_WeightSyncServiceServicer_to_server(servicer, server):
                     request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.BeginUpdateRequest.FromString,
                     response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.BeginUpdateResponse.SerializeToString,
             ),
+            'HoldUpdate': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldUpdate,
+                    request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.HoldUpdateRequest.FromString,
+                    response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.HoldUpdateResponse.SerializeToString,
+            ),
             'PushBucket': grpc.unary_unary_rpc_method_handler(
                     servicer.PushBucket,
                     request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.PushBucketRequest.FromString,
@@ -177,6 +221,16 @@ def add_WeightSyncServiceServicer_to_server(servicer, server):
                     servicer.AbortUpdate,
                     request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.AbortUpdateRequest.FromString,
                     response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.AbortUpdateResponse.SerializeToString,
+            ),
+            'UpdateWeightsFromDisk': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateWeightsFromDisk,
+                    request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.UpdateWeightsFromDiskRequest.FromString,
+                    response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.UpdateWeightsFromDiskResponse.SerializeToString,
+            ),
+            'CheckManifest': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckManifest,
+                    request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.CheckManifestRequest.FromString,
+                    response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.CheckManifestResponse.SerializeToString,
             ),
             'GetUpdate': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUpdate,
@@ -304,6 +358,33 @@ class WeightSyncService:
             _registered_method=True)
 
     @staticmethod
+    def HoldUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecar.v1.WeightSyncService/HoldUpdate',
+            sidecar_dot_v1_dot_weight__sync__pb2.HoldUpdateRequest.SerializeToString,
+            sidecar_dot_v1_dot_weight__sync__pb2.HoldUpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def PushBucket(request,
             target,
             options=(),
@@ -374,6 +455,60 @@ class WeightSyncService:
             '/sidecar.v1.WeightSyncService/AbortUpdate',
             sidecar_dot_v1_dot_weight__sync__pb2.AbortUpdateRequest.SerializeToString,
             sidecar_dot_v1_dot_weight__sync__pb2.AbortUpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateWeightsFromDisk(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecar.v1.WeightSyncService/UpdateWeightsFromDisk',
+            sidecar_dot_v1_dot_weight__sync__pb2.UpdateWeightsFromDiskRequest.SerializeToString,
+            sidecar_dot_v1_dot_weight__sync__pb2.UpdateWeightsFromDiskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckManifest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecar.v1.WeightSyncService/CheckManifest',
+            sidecar_dot_v1_dot_weight__sync__pb2.CheckManifestRequest.SerializeToString,
+            sidecar_dot_v1_dot_weight__sync__pb2.CheckManifestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,11 @@ class WeightSyncServiceStub:
     """
     BeginUpdate: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.BeginUpdateRequest, _weight_sync_pb2.BeginUpdateResponse]
     """Opens this rank's part of an update whose buckets follow one by one. Returns without waiting for other ranks."""
+    HoldUpdate: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.HoldUpdateRequest, _weight_sync_pb2.HoldUpdateResponse]
+    """Shows that this rank lives between its other calls: returns when the update has ended. While a rank holds its
+    update, the death of its process is noticed at once, as a call that breaks off; without it, a rank that says
+    nothing is waited for until the sidecar's bucket time-out.
+    """
     PushBucket: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.PushBucketRequest, _weight_sync_pb2.PushBucketResponse]
     """Hands over one bucket: returns when the engine has loaded it, so that its memory can be used again as soon as
     its reference count says so. Several calls may be in flight; buckets are loaded in the manifest's order.
@@ -63,6 +68,12 @@ class WeightSyncServiceStub:
     """Gives an update up for all ranks. Before the first bucket was sent to the engine this changes nothing there;
     afterwards the engine is dirty until the next complete update.
     """
+    UpdateWeightsFromDisk: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.UpdateWeightsFromDiskRequest, _weight_sync_pb2.UpdateWeightsFromDiskResponse]
+    """Has the engine load a checkpoint from its own disk, as a version of its own: returns when it serves that. Heals a
+    dirty engine without a trainer. One caller is enough, whatever the engine's tp_size.
+    """
+    CheckManifest: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.CheckManifestRequest, _weight_sync_pb2.CheckManifestResponse]
+    """A dry run: what would be wrong with an update of this manifest. Nothing is loaded and nothing is paused."""
     GetUpdate: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.GetUpdateRequest, _weight_sync_pb2.GetUpdateResponse]
     """The outcome of an update by its id, also after the caller that made it has gone. The last 64 are kept."""
 
@@ -81,6 +92,11 @@ class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
     """
     BeginUpdate: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.BeginUpdateRequest, _weight_sync_pb2.BeginUpdateResponse]  # type: ignore[assignment]
     """Opens this rank's part of an update whose buckets follow one by one. Returns without waiting for other ranks."""
+    HoldUpdate: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.HoldUpdateRequest, _weight_sync_pb2.HoldUpdateResponse]  # type: ignore[assignment]
+    """Shows that this rank lives between its other calls: returns when the update has ended. While a rank holds its
+    update, the death of its process is noticed at once, as a call that breaks off; without it, a rank that says
+    nothing is waited for until the sidecar's bucket time-out.
+    """
     PushBucket: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.PushBucketRequest, _weight_sync_pb2.PushBucketResponse]  # type: ignore[assignment]
     """Hands over one bucket: returns when the engine has loaded it, so that its memory can be used again as soon as
     its reference count says so. Several calls may be in flight; buckets are loaded in the manifest's order.
@@ -91,6 +107,12 @@ class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
     """Gives an update up for all ranks. Before the first bucket was sent to the engine this changes nothing there;
     afterwards the engine is dirty until the next complete update.
     """
+    UpdateWeightsFromDisk: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.UpdateWeightsFromDiskRequest, _weight_sync_pb2.UpdateWeightsFromDiskResponse]  # type: ignore[assignment]
+    """Has the engine load a checkpoint from its own disk, as a version of its own: returns when it serves that. Heals a
+    dirty engine without a trainer. One caller is enough, whatever the engine's tp_size.
+    """
+    CheckManifest: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.CheckManifestRequest, _weight_sync_pb2.CheckManifestResponse]  # type: ignore[assignment]
+    """A dry run: what would be wrong with an update of this manifest. Nothing is loaded and nothing is paused."""
     GetUpdate: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.GetUpdateRequest, _weight_sync_pb2.GetUpdateResponse]  # type: ignore[assignment]
     """The outcome of an update by its id, also after the caller that made it has gone. The last 64 are kept."""
 
@@ -132,6 +154,17 @@ class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
         """Opens this rank's part of an update whose buckets follow one by one. Returns without waiting for other ranks."""
 
     @_abc_1.abstractmethod
+    def HoldUpdate(
+        self,
+        request: _weight_sync_pb2.HoldUpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weight_sync_pb2.HoldUpdateResponse, _abc.Awaitable[_weight_sync_pb2.HoldUpdateResponse]]:
+        """Shows that this rank lives between its other calls: returns when the update has ended. While a rank holds its
+        update, the death of its process is noticed at once, as a call that breaks off; without it, a rank that says
+        nothing is waited for until the sidecar's bucket time-out.
+        """
+
+    @_abc_1.abstractmethod
     def PushBucket(
         self,
         request: _weight_sync_pb2.PushBucketRequest,
@@ -158,6 +191,24 @@ class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
         """Gives an update up for all ranks. Before the first bucket was sent to the engine this changes nothing there;
         afterwards the engine is dirty until the next complete update.
         """
+
+    @_abc_1.abstractmethod
+    def UpdateWeightsFromDisk(
+        self,
+        request: _weight_sync_pb2.UpdateWeightsFromDiskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weight_sync_pb2.UpdateWeightsFromDiskResponse, _abc.Awaitable[_weight_sync_pb2.UpdateWeightsFromDiskResponse]]:
+        """Has the engine load a checkpoint from its own disk, as a version of its own: returns when it serves that. Heals a
+        dirty engine without a trainer. One caller is enough, whatever the engine's tp_size.
+        """
+
+    @_abc_1.abstractmethod
+    def CheckManifest(
+        self,
+        request: _weight_sync_pb2.CheckManifestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weight_sync_pb2.CheckManifestResponse, _abc.Awaitable[_weight_sync_pb2.CheckManifestResponse]]:
+        """A dry run: what would be wrong with an update of this manifest. Nothing is loaded and nothing is paused."""
 
     @_abc_1.abstractmethod
     def GetUpdate(

@@ -74,7 +74,7 @@ def a_session_opens_once_and_closes_once(engine: EngineUnderTest) -> None:
     none_open = "no weight-update session is open; call begin_weight_update() first"
     with engine.paused("retract"):
         assert outcome(engine.post("/end_weight_update")) == (400, False, none_open)
-        assert outcome(engine.post("/begin_weight_update", {"selector": "all"})) == (200, True, "Success")
+        assert outcome(engine.post("/begin_weight_update", {"selector": "target"})) == (200, True, "Success")
         assert outcome(engine.post("/begin_weight_update", {"selector": "all"})) == (400, False, open_already)
         assert outcome(engine.post("/end_weight_update")) == (200, True, "Success")
         assert outcome(engine.post("/end_weight_update")) == (400, False, none_open)
@@ -244,6 +244,16 @@ def pause_abort_ends_requests_and_allows_a_flush(engine: EngineUnderTest) -> Non
             assert engine.post("/flush_cache").status_code == 200
 
 
+def a_load_from_a_missing_folder_is_refused(engine: EngineUnderTest) -> None:
+    body = {"model_path": "/no/such/folder", "flush_cache": False, "abort_all_requests": False}
+    reply = engine.post("/update_weights_from_disk", body)
+    answer = reply.json()
+    assert (reply.status_code, answer["success"]) == (400, False)
+    assert "Failed to get weights iterator" in answer["message"]
+    assert answer["num_paused_requests"] == 0
+    assert is_schema_error(engine.post("/update_weights_from_disk"), "'missing'")
+
+
 def publishing_aborts_every_request_unless_told_not_to(engine: EngineUnderTest) -> None:
     body = {"new_version": engine.weight_version()}
     with engine.generating() as request:
@@ -290,6 +300,7 @@ CHECKS: tuple[Check, ...] = (
     retracted_requests_allow_a_flush_since_0_5_21,
     requests_frozen_in_place_forbid_a_flush,
     pause_abort_ends_requests_and_allows_a_flush,
+    a_load_from_a_missing_folder_is_refused,
     publishing_aborts_every_request_unless_told_not_to,
     an_unpaused_session_waits_for_requests_in_flight,
 )

@@ -43,6 +43,11 @@ class EngineDialect:
         return self._since("0.5.20")
 
     @property
+    def server_info_follows_the_disk(self) -> bool:
+        """/server_info names the model and the format that were loaded last; later only /model_info does."""
+        return not self._since("0.5.20")
+
+    @property
     def has_version_spans(self) -> bool:
         """meta_info.weight_versions tells which tokens were made by which version."""
         return self._since("0.5.19")
@@ -60,7 +65,6 @@ class EngineDialect:
     def model_info(self) -> dict[str, object]:
         """Fields of /model_info that exist in this release, with a small Qwen3's values."""
         info: dict[str, object] = {
-            "model_path": "/models/tiny-qwen3",
             "tokenizer_path": "/models/tiny-qwen3",
             "is_generation": True,
             "preferred_sampling_params": None,
@@ -70,16 +74,14 @@ class EngineDialect:
             "architectures": ["Qwen3ForCausalLM"],
         }
         if self._since("0.5.18"):
-            info |= {"served_model_name": "/models/tiny-qwen3", "load_format": "dummy"}
+            info |= {"served_model_name": "/models/tiny-qwen3"}
             info |= {"reasoning_parser": None, "tool_call_parser": None}
         return info
 
     def server_info(self) -> dict[str, object]:
         """Fields of /server_info that exist in this release, with what does not depend on the engine's settings."""
         info: dict[str, object] = {
-            "model_path": "/models/tiny-qwen3",
             "served_model_name": "/models/tiny-qwen3",
-            "load_format": "dummy",
             "pp_size": 1,
             "dp_size": 1,
             "ep_size": 1,

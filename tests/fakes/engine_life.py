@@ -11,6 +11,7 @@ import random
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tests.fakes import payloads
@@ -37,6 +38,7 @@ NO_GPU = (
     "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from "
     "http://www.nvidia.com/Download/index.aspx"
 )
+NO_LOADER = "Failed to get model loader: <sglang.srt.model_loader.loader.DummyModelLoader object at 0x7f00>."
 NO_PROMPT = "Either text, input_ids or input_embeds should be provided."
 
 
@@ -69,6 +71,8 @@ class EngineLife:
         self.seed = random.randrange(2**30)
         self.weights = Weights(settings.tp_size, settings.checkpoint, settings.known_names)
         self.weight_version = "default"
+        self.model_path = str(settings.server_info.get("model_path", "/models/tiny-qwen3"))
+        self.load_format = str(settings.server_info.get("load_format", "auto"))
         self.session_open = False
         self.generation = Generation()
         self.dead = threading.Event()
@@ -86,6 +90,7 @@ class EngineLife:
             "/continue_generation": self._continue_generation,
             "/update_weights_from_tensor": self._update_weights_from_tensor,
             "/update_weights_from_distributed": self._update_weights_from_distributed,
+            "/update_weights_from_disk": self._update_weights_from_disk,
             "/update_weight_version": self._update_weight_version,
             "/flush_cache": self._flush_cache,
             "/weights_checker": self._weights_checker,
@@ -142,7 +147,10 @@ class EngineLife:
             self.generation.wait_until_idle(patience_s)
 
     def _model_info(self, _call: Call) -> Reply:
-        return json_reply(200, self._dialect.model_info() | {"weight_version": self.weight_version})
+        now = {"model_path": self.model_path, "weight_version": self.weight_version}
+        if not self._dialect.server_info_follows_the_disk:
+            now["load_format"] = self.load_format
+        return json_reply(200, self._dialect.model_info() | now)
 
     def _server_info(self, _call: Call) -> Reply:
         started_with: dict[str, object] = {
@@ -150,10 +158,15 @@ class EngineLife:
             "device": self._settings.device,
             "random_seed": self.seed,
             "weight_version": "default",
+            "model_path": "/models/tiny-qwen3",
+            "load_format": "auto",
             "custom_weight_loader": list(self._settings.custom_loaders),
             "internal_states": [{"weight_version": self.weight_version}],
         }
-        return json_reply(200, self._dialect.server_info() | started_with | dict(self._settings.server_info))
+        started_with |= self._settings.server_info
+        if self._dialect.server_info_follows_the_disk:
+            started_with |= {"model_path": self.model_path, "load_format": self.load_format}
+        return json_reply(200, self._dialect.server_info() | started_with)
 
     def _healthy(self, _call: Call) -> Reply:
         return text_reply(200, "")
@@ -228,6 +241,25 @@ class EngineLife:
         hint = "Please call `init_weights_update_group` first."
         return outcome(False, f"Failed to receive weights: Group {group} not in []. {hint}")
 
+    def _update_weights_from_disk(self, call: Call) -> Reply:
+        """Needs no session. A folder stands for content of its own: every tensor that the model has gets it.
+
+        A server that was started with random weights goes on with them unless a format is named.
+        """
+        path, load_format = call.body["model_path"], call.body.get("load_format") or self.load_format
+        if load_format == "dummy":
+            return self._from_disk(False, NO_LOADER)
+        if not Path(path).is_dir():
+            return self._from_disk(False, f"Failed to get weights iterator: {path} is not a folder.")
+        self.weights.load_from_disk(path)
+        self.model_path, self.load_format = path, load_format
+        return self._from_disk(True, "Succeeded to update model weights.")
+
+    @staticmethod
+    def _from_disk(success: bool, message: str) -> Reply:
+        content = {"success": success, "message": message, "num_paused_requests": 0}
+        return json_reply(200 if success else 400, content)
+
     def _outside_session(self, name: str) -> Reply | None:
         if self.session_open or not self._dialect.has_sessions:
             return None
@@ -255,10 +287,15 @@ class EngineLife:
         if self._settings.device == "cpu" and not self._dialect.checksums_on_cpu:
             return outcome(False, NO_GPU)
         content: dict[str, object] = {"success": True, "message": "Success."}
-        content["ranks"] = [self._rank_checksums(rank) for rank in range(self._settings.tp_size)]
+        content["ranks"] = [self._rank_checksums(rank) for rank in range(self._settings.tp_size)] * self._num_answers()
         if self._dialect.has_engine_checksum:
             content["per_engine_checksum"] = self.weights.checksum()
         return json_reply(200, content)
+
+    def _num_answers(self) -> int:
+        """Under DP attention each replica's first rank answers, for all TP ranks."""
+        info = self._settings.server_info
+        return int(str(info.get("dp_size", 1))) if info.get("enable_dp_attention") else 1
 
     def _rank_checksums(self, rank: int) -> dict[str, object]:
         size = self._settings.tp_size
@@ -307,6 +344,7 @@ _NEED_WRITER_LOCK = (
     "/end_weight_update",
     "/update_weights_from_tensor",
     "/update_weights_from_distributed",
+    "/update_weights_from_disk",
 )
 
 

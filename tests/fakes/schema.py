@@ -58,6 +58,11 @@ _BODIES: dict[str, dict[str, Field]] = {
         **_UPDATE,
     },
     "/update_weights_from_distributed": {"names": _LIST, "dtypes": _LIST, "shapes": _LIST, **_UPDATE},
+    "/update_weights_from_disk": {
+        "model_path": Field(_is_a(str, "string"), required=True),
+        "load_format": _TEXT_OR_NONE,
+        **_UPDATE,
+    },
     "/update_weight_version": {"new_version": Field(_is_a(str, "string"), required=True), "abort_all_requests": _BOOL},
 }
 

@@ -43,6 +43,7 @@ class ScriptedEngine:
         api_key: str | None = None,
         admin_api_key: str | None = None,
         server_info: Mapping[str, object] | None = None,
+        port: int = 0,
     ) -> None:
         self._keys = Keys(api_key, admin_api_key)
         self._settings = Settings(
@@ -62,7 +63,7 @@ class ScriptedEngine:
         self._faults = FaultPlan()
         self._lock = threading.Lock()
         self._life = EngineLife(self._settings)
-        self._frontend: HttpFrontend | None = HttpFrontend(self._answer)
+        self._frontend: HttpFrontend | None = HttpFrontend(self._answer, port)
         self.port = self._frontend.port
 
     @property
@@ -144,6 +145,10 @@ class ScriptedEngine:
     def release(self) -> None:
         """Let every call that hangs go on, and plan no more hangs."""
         self._faults.release()
+
+    def forget_faults(self) -> None:
+        """Plan nothing any more; calls that hang go on."""
+        self._faults.clear()
 
     def die(self) -> None:
         """As SIGKILL: connections are cut, the port is closed, all state is gone."""

@@ -196,6 +196,14 @@ def refusal(answer: grpc.Future[Any]) -> Refusal:
     return Refusal(error.code(), info.reason, error.details() or "", dict(info.metadata))
 
 
+def failed_update(pair: Pair, update_id: str, num_buckets: int = 1) -> Refusal:
+    """Both ranks send; both are told the same."""
+    answers = [pair.send(pair.request(update_id, rank, num_buckets=num_buckets)) for rank in range(2)]
+    first, second = (refusal(answer) for answer in answers)
+    assert first == second
+    return first
+
+
 def failed_call(answer: grpc.Future[Any]) -> grpc.Call:
     """The error of a call that must fail."""
     error = answer.exception(ANSWER_S)

@@ -2,6 +2,7 @@
 
 import grpc
 import pytest
+import requests
 
 from sidecar.v1 import weight_sync_pb2 as pb
 from tests.fakes import Fault
@@ -11,32 +12,28 @@ from tests.integration.support import (
     LOAD,
     SESSIONS,
     Pair,
-    Refusal,
     expected_posts,
+    failed_update,
     refusal,
     wait_until,
 )
 
-
-def failed_update(pair: Pair, update_id: str, num_buckets: int = 1) -> Refusal:
-    """Both ranks send; both are told the same."""
-    answers = [pair.send(pair.request(update_id, rank, num_buckets=num_buckets)) for rank in range(2)]
-    first, second = (refusal(answer) for answer in answers)
-    assert first == second
-    return first
+PUBLISH = "/update_weight_version"
+PAUSE, RESUME = "/pause_generation", "/continue_generation"
+BEGIN, END = "/begin_weight_update", "/end_weight_update"
+PROBE = "/update_weights_from_distributed"
 
 
 @pytest.mark.parametrize(
-    ("path", "posts"),
+    ("path", "fault", "posts"),
     [
-        ("/pause_generation", ["/pause_generation", "/continue_generation"]),
-        (
-            "/begin_weight_update",
-            ["/pause_generation", "/begin_weight_update", "/end_weight_update", "/continue_generation"],
-        ),
+        (PAUSE, Fault.REFUSE, [PAUSE, RESUME]),
+        (PAUSE, Fault.LOSE_REPLY, [PAUSE, RESUME]),
+        (PAUSE, Fault.CUT, [PAUSE, RESUME]),
+        (BEGIN, Fault.REFUSE, [PAUSE, BEGIN, END, RESUME]),
+        (BEGIN, Fault.CUT, [PAUSE, BEGIN, PROBE, END, RESUME]),
     ],
 )
-@pytest.mark.parametrize("fault", [Fault.REFUSE, Fault.LOSE_REPLY, Fault.CUT])
 def test_an_engine_that_fails_before_the_first_bucket_is_left_as_it_was(
     pair: Pair, path: str, posts: list[str], fault: Fault
 ) -> None:
@@ -58,9 +55,7 @@ def test_an_engine_that_fails_before_the_first_bucket_is_left_as_it_was(
 
 
 def test_a_session_that_somebody_left_open_is_ended_first(pair: Pair) -> None:
-    pair.engine.fault("/begin_weight_update", Fault.LOSE_REPLY)
-    pair.engine.fault("/end_weight_update", Fault.CUT)
-    failed_update(pair, "leaves a session")
+    requests.post(f"{pair.engine.url}{BEGIN}", json={}, timeout=ANSWER_S)
     assert pair.engine.session_open
     pair.mark()
     assert pair.update("finds a session").state == pb.UPDATE_STATE_COMMITTED
@@ -68,7 +63,7 @@ def test_a_session_that_somebody_left_open_is_ended_first(pair: Pair) -> None:
     assert pair.posts()[:4] == ["/pause_generation", *begin]
 
 
-@pytest.mark.parametrize("fault", [Fault.REFUSE, Fault.LOSE_REPLY, Fault.CUT], ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", [Fault.REFUSE, Fault.CUT], ids=lambda fault: fault.name)
 def test_a_load_that_breaks_off_leaves_the_engine_paused_and_the_next_update_heals_it(
     start: StartPair, fault: Fault
 ) -> None:
@@ -77,10 +72,11 @@ def test_a_load_that_breaks_off_leaves_the_engine_paused_and_the_next_update_hea
     refused = failed_update(pair, "breaks", num_buckets=3)
     assert (refused.code, refused.reason) == (grpc.StatusCode.INTERNAL, "UPDATE_FAILED")
     assert "broke off in phase load at bucket 1 of 3 after the engine was touched" in refused.message
+    assert "ranks 0-1" in refused.message
     assert "generation stays paused until a complete update is loaded" in refused.message
     cause = "ENGINE_REFUSED" if fault is Fault.REFUSE else "ENGINE_LOST"
     assert (refused.details["cause"], refused.details["numPosted"]) == (cause, "2")
-    assert pair.posts() == ["/pause_generation", "/begin_weight_update", LOAD, LOAD, "/end_weight_update"]
+    assert pair.posts() == [PAUSE, BEGIN, LOAD, LOAD, END]
     assert pair.is_paused()
     status = pair.status()
     assert (status.state, status.reason, status.weight_version) == (pb.SIDECAR_STATE_DIRTY, refused.message, "")
@@ -95,20 +91,20 @@ def test_a_load_that_breaks_off_leaves_the_engine_paused_and_the_next_update_hea
 
 def test_an_update_after_a_failed_one_is_paused_for_but_never_by_an_abort_that_could_not_end(start: StartPair) -> None:
     pair = start()
-    pair.engine.fault(LOAD, Fault.LOSE_REPLY)
+    pair.engine.fault(LOAD, Fault.CUT)
     failed_update(pair, "breaks")
     pair.mark()
-    requests = [pair.request("heals", rank) for rank in range(2)]
-    for request in requests:
+    aborting = [pair.request("heals", rank) for rank in range(2)]
+    for request in aborting:
         request.update.pause_mode = pb.PAUSE_MODE_ABORT
-    for answer in [pair.send(request) for request in requests]:
+    for answer in [pair.send(request) for request in aborting]:
         assert answer.result(ANSWER_S).outcome.state == pb.UPDATE_STATE_COMMITTED
     assert pair.bodies("/pause_generation") == [{"mode": "retract"}]
 
 
 def test_an_incomplete_update_does_not_heal(start: StartPair) -> None:
     pair = start()
-    pair.engine.fault(LOAD, Fault.LOSE_REPLY)
+    pair.engine.fault(LOAD, Fault.CUT)
     failed_update(pair, "breaks")
     assert refusal(pair.send(pair.request("one rank"), timeout_s=1.0)).reason == "RANKS_MISSING"
     pair.engine.fault("/pause_generation", Fault.REFUSE)
@@ -117,22 +113,36 @@ def test_an_incomplete_update_does_not_heal(start: StartPair) -> None:
     assert pair.is_paused(), "a dirty engine must not generate, whatever became of the update after"
 
 
-@pytest.mark.parametrize("path", ["/update_weight_version", "/continue_generation"])
-@pytest.mark.parametrize("fault", [Fault.LOSE_REPLY, Fault.CUT, Fault.REFUSE], ids=lambda fault: fault.name)
-def test_a_call_that_can_be_repeated_is_when_its_answer_is_lost(pair: Pair, path: str, fault: Fault) -> None:
+@pytest.mark.parametrize(
+    ("path", "fault", "times"),
+    [
+        (PUBLISH, Fault.LOSE_REPLY, 1),  # the version itself tells that it was set
+        (PUBLISH, Fault.CUT, 2),
+        (PUBLISH, Fault.REFUSE, 2),
+        ("/flush_cache", Fault.LOSE_REPLY, 2),
+        ("/flush_cache", Fault.CUT, 2),
+        (RESUME, Fault.LOSE_REPLY, 2),
+        (RESUME, Fault.CUT, 2),
+        (RESUME, Fault.REFUSE, 2),
+    ],
+)
+def test_a_call_that_can_be_repeated_is_when_its_answer_is_lost(
+    pair: Pair, path: str, fault: Fault, times: int
+) -> None:
     pair.engine.fault(path, fault)
     assert pair.update(f"{fault.name} {path}").state == pb.UPDATE_STATE_COMMITTED
-    assert pair.posts().count(path) == 2
+    assert pair.posts().count(path) == times
     assert pair.posts().count(LOAD) == 1
     assert not pair.is_paused()
 
 
 def test_a_slow_load_is_waited_for_and_one_beyond_its_limit_is_not(start: StartPair) -> None:
-    pair = start("--load-timeout", "0.6")
+    pair = start("--load-timeout", "0.6", "--probe-timeout", "0.5", "--session-timeout", "0.5")
     pair.engine.fault(LOAD, Fault.LATE, delay_s=0.3)
     assert pair.update("slow").state == pb.UPDATE_STATE_COMMITTED
-    pair.engine.fault(LOAD, Fault.LATE, delay_s=3.0)
+    pair.engine.fault(LOAD, Fault.HANG)
     refused = failed_update(pair, "slower")
+    pair.engine.release()
     assert refused.reason == "UPDATE_FAILED"
     assert "no answer within 0.6 s; whether it was carried out is unknown" in refused.message
     assert pair.is_paused()
@@ -169,8 +179,6 @@ def test_an_engine_that_dies_between_pause_and_load_leaves_the_memory_unseen(sta
 
 
 def test_a_version_that_another_client_set_is_seen(pair: Pair) -> None:
-    import requests
-
     body = {"new_version": "by hand", "abort_all_requests": False}
     requests.post(f"{pair.engine.url}/update_weight_version", json=body, timeout=ANSWER_S)
     wait_until(lambda: pair.status().weight_version == "by hand")

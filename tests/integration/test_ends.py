@@ -66,7 +66,7 @@ def test_memory_of_a_killed_trainer_is_never_posted(start: StartPair) -> None:
 
 def test_an_id_whose_update_failed_may_be_used_again_and_one_that_was_committed_may_not(start: StartPair) -> None:
     pair = start()
-    pair.engine.fault(LOAD, Fault.LOSE_REPLY)
+    pair.engine.fault(LOAD, Fault.CUT)
     for answer in [pair.send(pair.request("once more", rank)) for rank in range(2)]:
         assert refusal(answer).reason == "UPDATE_FAILED"
     pair.begin("once more", num_buckets=1)

@@ -29,7 +29,7 @@ def health(pair: Pair, service: str) -> int:
 
 
 def break_an_update(pair: Pair) -> None:
-    pair.engine.fault(LOAD, Fault.LOSE_REPLY)
+    pair.engine.fault(LOAD, Fault.CUT)
     for answer in [pair.send(pair.request("breaks", rank)) for rank in range(2)]:
         assert refusal(answer).reason == "UPDATE_FAILED"
 

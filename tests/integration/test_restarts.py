@@ -116,6 +116,29 @@ def test_a_sidecar_that_was_killed_in_the_middle_leaves_word_to_its_successor(st
         assert not successor.is_paused()
 
 
+@pytest.mark.parametrize("release", [SESSIONS, NO_SESSIONS])
+def test_a_sidecar_that_was_killed_before_the_first_bucket_is_undone_by_its_successor(
+    start: StartPair, release: str
+) -> None:
+    pair = start(release=release)
+    held_at = "/begin_weight_update" if release == SESSIONS else "/pause_generation"
+    pair.engine.fault(held_at, Fault.HANG)
+    answers = [pair.send(pair.request("orphaned", rank)) for rank in range(2)]
+    wait_until(lambda: pair.engine.num_hanging == 1)
+    os.kill(pair.process.pid, signal.SIGKILL)
+    for answer in answers:
+        failed_call(answer)
+    pair.process.stop()
+    pair.engine.release()
+    wait_until(pair.is_paused)
+    with closing(Pair(pair.engine, pair.folder, manager=False)) as successor:
+        successor.wait_for(pb.SIDECAR_STATE_READY)
+        assert not successor.is_paused()
+        assert not pair.engine.session_open
+        assert successor.status().weight_version == "default"
+        assert not (pair.folder / "sidecar.sock.journal").exists()
+
+
 def test_a_sidecar_that_is_down_costs_a_trainer_no_memory(start: StartPair) -> None:
     pair = start(tp_size=1)
     with WeightSyncClient(pair.target, rank=0, tp_size=1) as client:

@@ -105,6 +105,7 @@ def test_every_option_of_serve_is_known_here(capsys: pytest.CaptureFixture[str])
         "--metrics-port", "--log-level",
         "--collect-timeout", "--pause-timeout", "--session-timeout", "--bucket-timeout", "--load-timeout",
         "--flush-timeout", "--publish-timeout", "--resume-timeout", "--probe-timeout",
+        "--verify-timeout", "--disk-timeout",
     }  # fmt: skip
 
 

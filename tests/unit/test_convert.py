@@ -145,6 +145,7 @@ def test_an_outcome_leaves_no_field_of_the_protocol_out() -> None:
     assert [field.name for field in fields.field] == [
         "update_id", "weight_version", "state", "manifest_digest", "num_buckets", "num_posted", "waiting_for_ranks",
         "cache_flushed", "phases", "error", "error_reason", "engine_epoch", "num_posted_ever",
+        "verification", "notes",
     ]  # fmt: skip
 
 

@@ -7,15 +7,17 @@ import pytest
 from sidecar.config import Timeouts
 from sidecar.engine.sglang import SGLangEngine
 from sidecar.errors import EngineRefused, EngineRestarted
-from sidecar.update import PauseMode
+from sidecar.update import PauseMode, Selector
 from tests.fakes import Fault, ScriptedEngine
+
+LIMIT_S = 30.0
 
 
 def test_a_version_whose_publishing_lost_its_answer_is_no_sign_of_another_server() -> None:
     async def story(server: ScriptedEngine) -> None:
         engine = SGLangEngine(server.url, Timeouts())
         await engine.probe()
-        await engine.pause(PauseMode.RETRACT)
+        await engine.pause(PauseMode.RETRACT, LIMIT_S)
         server.fault("/update_weight_version", Fault.LOSE_REPLY)
         publishing = asyncio.create_task(engine.publish("7"))
         while server.weight_version != "7":  # noqa: ASYNC110 - it is no task of this loop
@@ -50,16 +52,17 @@ def test_no_step_of_an_update_reaches_another_server_than_it_began_with() -> Non
     async def story(server: ScriptedEngine) -> None:
         engine = SGLangEngine(server.url, Timeouts())
         await engine.probe()
-        await engine.pause(PauseMode.RETRACT)
+        await engine.pause(PauseMode.RETRACT, LIMIT_S)
         server.restart()
         await engine.probe()
         before = len(server.paths())
-        steps = (engine.begin(), engine.load([b""]), engine.end(), engine.flush(1.0), engine.publish("7"))
+        load = engine.load([b""], Selector.ALL, weight_version=None)
+        steps = (engine.begin(Selector.ALL, LIMIT_S), load, engine.end(), engine.flush(1.0), engine.publish("7"))
         for step in (*steps, engine.resume()):
             with pytest.raises(EngineRestarted, match="was restarted during the update"):
                 await step
         assert len(server.paths()) == before
-        await engine.pause(PauseMode.RETRACT)  # the next update begins with the new server
+        await engine.pause(PauseMode.RETRACT, LIMIT_S)  # the next update begins with the new server
         await engine.resume()
         engine.close()
 
@@ -71,7 +74,7 @@ def test_a_refusal_to_go_on_is_tried_again_and_then_told() -> None:
     async def story(server: ScriptedEngine) -> None:
         engine = SGLangEngine(server.url, Timeouts())
         await engine.probe()
-        await engine.pause(PauseMode.RETRACT)
+        await engine.pause(PauseMode.RETRACT, LIMIT_S)
         with pytest.raises(EngineRefused, match="not now"):
             await engine.resume()
         engine.close()

@@ -29,7 +29,8 @@ def test_the_clients_parameters_are_these() -> None:
         "target", "rank", "tp_size", "bucket_bytes", "device",
     ]  # fmt: skip
     assert list(inspect.signature(adapter.WeightSyncClient.update_weights).parameters) == [
-        "self", "named_tensors", "version", "update_id", "specs", "pause_mode", "timeout",
+        "self", "named_tensors", "version", "update_id", "specs", "pause_mode",
+        "selector", "verify", "content_digest", "allow_unknown", "allow_missing", "timeout",
     ]  # fmt: skip
 
 

@@ -20,10 +20,6 @@ class Engine:
 
     info: EngineInfo | None = None
     epoch: int = 0
-    paused: bool = False
-
-    def assume_paused(self) -> None:
-        self.paused = True
 
     def start(self, seed: str) -> None:
         self.info = parse({"version": "0.5.23", "random_seed": seed})
@@ -76,7 +72,7 @@ def test_a_failed_update_is_dirt_until_a_complete_one_or_another_server(journal:
     served = ServedWeights(engine, journal, accept_checkpoint=False)
     engine.start("1")
     failed = update(UpdateState.FAILED)
-    served.touching(failed)
+    served.touching(failed, writing=True)
     served.ended(failed)
     assert dirt(served) is failed.error
     served.ended(update(UpdateState.ABORTED))
@@ -101,7 +97,37 @@ def test_a_predecessors_unfinished_update_is_dirt_on_the_server_that_it_touched(
     left = dirt(served)
     assert left is not None
     assert "'left'" in left.message
-    assert engine.paused
+    assert served.recoverable is not None
+    served.recovered(whole=False)
+    assert served.recoverable is None
+    assert dirt(served) is left
+    assert journal.unfinished() is not None
+
+
+def test_a_predecessors_update_that_wrote_nothing_is_dirt_until_it_was_undone(journal: Journal) -> None:
+    engine = Engine()
+    engine.start("1")
+    before = ServedWeights(engine, journal, accept_checkpoint=False)
+    before.touching(update(UpdateState.COMMITTED), writing=False)
+    served = ServedWeights(engine, journal, accept_checkpoint=False)
+    served.engine_seen()
+    assert dirt(served) is not None
+    assert served.recoverable is not None
+    assert not served.recoverable.written
+    served.recovered(whole=True)
+    assert dirt(served) is None
+    assert journal.unfinished() is None
+
+
+def test_pausing_a_dirty_engine_again_does_not_make_it_whole(journal: Journal) -> None:
+    engine = Engine()
+    engine.start("1")
+    served = ServedWeights(engine, journal, accept_checkpoint=False)
+    served.ended(update(UpdateState.FAILED))
+    served.touching(update(UpdateState.ABORTED), writing=False)
+    left = journal.unfinished()
+    assert left is not None
+    assert left.written
 
 
 def test_a_predecessors_journal_means_nothing_to_a_server_started_since(journal: Journal) -> None:
@@ -111,5 +137,5 @@ def test_a_predecessors_journal_means_nothing_to_a_server_started_since(journal:
     engine.start("2")
     served.engine_seen()
     assert dirt(served) is None
-    assert not engine.paused
+    assert served.recoverable is None
     assert journal.unfinished() is None

@@ -1,0 +1,112 @@
+"""What is seen of one SGLang server from outside: whether it is there, what it is, what it serves, and its lives.
+
+Invariant: ``epoch`` counts up whenever another server may be answering than before. That is told by what HTTP shows
+(``random_seed``, new at every start unless it was set; a weight_version that is not ours), by a refused connection,
+and, where this host shows it, by the process that listens at the port.
+"""
+
+import asyncio
+from dataclasses import replace
+
+from sidecar.config import Timeouts
+from sidecar.engine.http import EngineHttp
+from sidecar.engine.info import EngineInfo, parse
+from sidecar.engine.listener import is_alive, listener_of
+
+
+class EngineLife:
+    """One server's address, and the lives of what answers there."""
+
+    def __init__(self, url: str, timeouts: Timeouts) -> None:
+        self._looks = EngineHttp(url)  # of its own, so that a long load hides nothing
+        self._timeouts = timeouts
+        self.info: EngineInfo | None = None
+        self.epoch = 0
+        """How many lives of the server were seen: counts up whenever another one answers than before."""
+        self.weight_version = ""
+        """What answers carry, as last seen or published."""
+        self.problem = ""
+        """Why ``info`` is None, in a sentence."""
+        self.suspect = False
+        """Whether a step got no answer, so that the server may be another one by now."""
+        self.held = False
+        """Whether it takes no requests: it starts, or is paused. Shown by SGLang 0.5.20 and later."""
+        self._last_info: EngineInfo | None = None
+        self._num_published = 0
+        self._publishing = ""
+        """The version that was published last, or is being: the server may have it before its answer is here."""
+        self._num_resumed = 0
+        self._paused = False
+
+    @property
+    def url(self) -> str:
+        """Where the server listens."""
+        return self._looks.url
+
+    async def probe(self, timeout_s: float | None = None) -> EngineInfo:
+        """Ask the server what it is, and notice if it is another one than before; raises ``EngineError``.
+
+        The answer comes from the scheduler, so whatever was posted before has been dealt with by then.
+        """
+        published, self.suspect = self._num_published, False  # a step that is lost meanwhile asks for another look
+        process = await asyncio.to_thread(listener_of, self.url)
+        described = await self._looks.get("/server_info", timeout_s or self._timeouts.probe)
+        info = replace(parse(described), process=process)
+        version = await self.ask_weight_version()
+        old_answer = self._num_published != published
+        if self._is_another(info) or not (old_answer or version in (self.weight_version, self._publishing)):
+            self.epoch += 1
+            self._paused = False
+            self.weight_version = version
+        self.info = self._last_info = info
+        await self._look_whether_held()
+        return info
+
+    async def look(self) -> None:
+        """See that the server is there and what it serves; answered without its scheduler, so at any time."""
+        published = self._num_published
+        version = await self.ask_weight_version()
+        if self._num_published == published:  # otherwise the answer may be older than what is known
+            self.weight_version = version
+        await self._look_whether_held()
+        if self.info is not None and not is_alive(self.info.process):
+            self.suspect = True  # somebody answers, but not the one that was there
+
+    async def ask_weight_version(self) -> str:
+        """What the server says that its answers carry; raises ``EngineError``."""
+        info = await self._looks.get("/model_info", self._timeouts.probe)
+        return str(info.get("weight_version") or "")
+
+    def gone(self, why: str) -> None:
+        """It does not answer: whether what comes back is the same server is seen by the next ``probe``."""
+        self.info, self.problem = None, why
+
+    def died(self) -> None:
+        """That server is no more: whoever answers next is another, even with the same seed and version."""
+        self._last_info = None
+
+    def close(self) -> None:
+        """Let the connection go."""
+        self._looks.close()
+
+    def _is_another(self, info: EngineInfo) -> bool:
+        last = self._last_info
+        if last is None or info != last:
+            return True
+        return bool(info.process and last.process) and info.process != last.process
+
+    async def _look_whether_held(self) -> None:
+        if self.info is None or not self.info.shows_ready:
+            return
+        resumed = self._num_resumed
+        ready = await self._looks.answers_ok("/ready", self._timeouts.probe)
+        if self._num_resumed == resumed:
+            self.held = not ready
+
+    def _published(self, weight_version: str) -> None:
+        self.weight_version = weight_version
+        self._num_published += 1
+
+    def _resumed(self) -> None:
+        self._paused = self.held = False
+        self._num_resumed += 1

@@ -1,0 +1,58 @@
+"""What became of a call whose answer was lost: asked of the engine and read from the memory that was handed over.
+
+Invariant: nothing here touches weights, and nothing is sent a second time. "Cannot tell" is the lost call's own error.
+"""
+
+import logging
+from typing import Protocol
+
+from sidecar import memory
+from sidecar.errors import EngineError, EngineLost, EngineRestarted
+from sidecar.update import Update
+
+logger = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What can be asked."""
+
+    @property
+    def epoch(self) -> int:
+        """Counts its lives; 0 until it was seen."""
+
+    async def settle(self, lost: EngineLost) -> None:
+        """Return once the engine has dealt with the load whose answer was lost."""
+
+    async def session_is_open(self) -> bool:
+        """Whether a session is open."""
+
+    async def serves(self, weight_version: str) -> bool:
+        """Whether answers carry that version."""
+
+
+async def session_is_open(engine: Engine, lost: EngineLost) -> bool:
+    """Whether a begin or an end, whose answer was ``lost``, has left the session open; raises ``lost`` if unknown."""
+    try:
+        return await engine.session_is_open()
+    except EngineRestarted:
+        raise
+    except EngineError as failure:
+        logger.warning("the session cannot be asked for: %s", failure.message)
+        raise lost from failure
+
+
+async def was_loaded(engine: Engine, update: Update, bucket: int, weight_version: str | None, lost: EngineLost) -> bool:
+    """Whether a bucket, whose answer was ``lost``, is loaded on every rank.
+
+    Once the engine has dealt with it, it is: an exception while loading kills the server, and a refusal leaves the
+    memory unopened. So a server that lives, and has let go of every rank's memory, has loaded all of it. Where the
+    bucket carried its version, that tells as well.
+    """
+    try:
+        await engine.settle(lost)
+    except EngineError as failure:
+        logger.warning("the engine has not dealt with bucket %d: %s", bucket, failure.message)
+        return False
+    if weight_version is not None and await engine.serves(weight_version):
+        return True
+    return all(memory.let_go(handle) for handle in update.memories(bucket))

@@ -1,0 +1,100 @@
+"""How this sidecar and its engine stand, in one word and one sentence: what probes, ``status`` and orchestrators see.
+
+Derived on every question; owns no state. Invariant: ready means that the engine answers requests with the weights of
+one version, and that updates are welcome.
+"""
+
+from enum import IntEnum
+from typing import Protocol
+
+from sidecar.engine.info import EngineInfo
+from sidecar.served import ServedWeights
+from sidecar.update import Update, UpdateState
+
+
+class SidecarState(IntEnum):
+    """The sidecar in one word; the numbers are the protocol's."""
+
+    ENGINE_UNREACHABLE = 1
+    READY = 2
+    COLLECTING = 3
+    APPLYING = 4
+    DIRTY = 5
+    DRAINING = 6
+    UNSYNCED = 7
+    PAUSED = 8
+
+
+class Engine(Protocol):
+    """What is known of the engine."""
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+
+    @property
+    def problem(self) -> str:
+        """Why ``info`` is None, in a sentence."""
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What it last said about itself; None while it cannot be reached."""
+
+    @property
+    def held(self) -> bool:
+        """Whether it takes no requests."""
+
+    @property
+    def weight_version(self) -> str:
+        """What its answers carry."""
+
+
+class Standing:
+    """One sidecar's; ``current`` is the update in hand."""
+
+    def __init__(self, engine: Engine, served: ServedWeights) -> None:
+        self._engine = engine
+        self._served = served
+
+    def state(self, current: Update | None, *, draining: bool) -> SidecarState:
+        """In one word."""
+        if draining:
+            return SidecarState.DRAINING
+        if current and current.state is UpdateState.APPLYING:
+            return SidecarState.APPLYING
+        if self._engine.info is None:
+            return SidecarState.ENGINE_UNREACHABLE
+        if self._served.dirty:
+            return SidecarState.DIRTY
+        if current:
+            return SidecarState.COLLECTING
+        if self._served.unsynced:
+            return SidecarState.UNSYNCED
+        return SidecarState.PAUSED if self._engine.held else SidecarState.READY
+
+    def reason(self, current: Update | None) -> str:
+        """Why updates or answers are held up, where they are."""
+        if self._engine.info is None:
+            return self._engine.problem or f"the engine at {self._engine.url} has not answered yet"
+        if self._served.dirty:
+            return self._served.dirty.message
+        if self._served.unsynced:
+            return "the engine was restarted and serves its checkpoint; send a complete update"
+        if self._held_by_others(current):
+            return "the engine takes no requests (/ready): it starts, or was paused; a complete update lets it go on"
+        return self._engine.info.unsupported
+
+    def ready(self, current: Update | None, *, draining: bool) -> bool:
+        """Whether the engine serves the weights of one version, and updates are welcome."""
+        info, served = self._engine.info, self._served
+        in_step = served.dirty is None and not served.unsynced and not self._held_by_others(current)
+        return not draining and in_step and info is not None and not info.unsupported
+
+    @property
+    def weight_version(self) -> str:
+        """What the engine serves; empty while that is no one version."""
+        return "" if self._served.dirty or self._engine.info is None else self._engine.weight_version
+
+    def _held_by_others(self, current: Update | None) -> bool:
+        applying = current is not None and current.state is UpdateState.APPLYING
+        return self._engine.held and not applying
