@@ -28,6 +28,19 @@ def check_suits_engine(header: Header, info: EngineInfo, num_buckets: int) -> No
         raise refusals.selector_unsuitable(header, "the engine has a draft model; say target, draft or all")
 
 
+def check_version(header: Header, served: str, *, committed: bool, dirty: bool) -> None:
+    """Versions are unique in an engine's life, and increase where they are decimal numbers.
+
+    ``committed``: it was served in this life. ``dirty``: the engine may carry a version whose update broke off after
+    that was set, which may be sent again.
+    """
+    new = header.weight_version
+    backwards = new.isdecimal() and served.isdecimal() and int(new) <= int(served)
+    again = dirty and new == served
+    if committed or (not again and (new == served or backwards)):
+        raise refusals.version_not_new(header, served)
+
+
 def check_report(report: Report, header: Header) -> None:
     """Nothing that was found in the manifest forbids the update."""
     if report.errors:

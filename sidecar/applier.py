@@ -2,7 +2,7 @@
 
     pause -> begin -> one POST per bucket -> end -> flush -> (verify) -> publish -> resume        committed
       |        |                |             |       |          |          |          |
-      |        +-- nothing posted yet: end, resume -> aborted     +----------+----------+-> failed, generation stays held
+      |        +-- nothing posted yet: end, resume -> aborted     +----------+----------+-> failed, generation held
       +-- resume -> aborted
 
 A disk update has one POST of another kind in the middle, and no session. An answer that was lost is looked into

@@ -14,8 +14,8 @@ from sidecar import __version__
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import InvalidRequest, Reason
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
-from sidecar.memory import CudaIpcMemory, Memory, SharedMemory
 from sidecar.manifest_check import Allowance, Report
+from sidecar.memory import CudaIpcMemory, Memory, SharedMemory
 from sidecar.update import Header, PauseMode, Selector, Update
 from sidecar.v1 import weight_sync_pb2 as pb
 

@@ -14,22 +14,23 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from sidecar import admission, applier, refusals, standing
+from sidecar import admission, applier, recovery, refusals, standing
 from sidecar.applier import Applier
 from sidecar.callers import WHOLE_UPDATE, Callers
 from sidecar.config import Timeouts
 from sidecar.engine.info import EngineInfo
-from sidecar.errors import EngineError, SyncError, UpdateConflict
+from sidecar.errors import SyncError, UpdateConflict
 from sidecar.history import UpdateHistory
-from sidecar.journal import Entry, Journal
+from sidecar.journal import Journal
 from sidecar.manifest import Manifest
 from sidecar.manifest_check import Allowance, Report
 from sidecar.manifest_store import KnownManifest
 from sidecar.memory import Memory
 from sidecar.payload import BucketPayload
+from sidecar.recovery import Recovery
 from sidecar.references import References
 from sidecar.served import ServedWeights
-from sidecar.standing import SidecarState, Standing
+from sidecar.standing import Standing
 from sidecar.update import Header, Phase, Update, UpdateState
 
 logger = logging.getLogger(__name__)
@@ -38,11 +39,8 @@ BREAK_OFF_S = 5.0
 """At the end of a drain, for an update that cannot complete to be broken off in order."""
 
 
-class WatchedEngine(applier.Engine, standing.Engine, Protocol):
+class WatchedEngine(applier.Engine, recovery.Engine, standing.Engine, Protocol):
     """An engine, and what the watch knows of it."""
-
-    def attach(self) -> None:
-        """Aim the next steps at the server that answers now."""
 
     async def probe(self) -> EngineInfo:
         """Ask it now; raises ``EngineError``."""
@@ -72,33 +70,13 @@ class Coordinator:
         self._callers = Callers()
         self._change = asyncio.Event()
         self._applying: asyncio.Task[None] | None = None
-        self._recovering: asyncio.Task[None] | None = None
         self._collect_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._served = ServedWeights(engine, journal or Journal(None), accept_checkpoint=accept_checkpoint)
-        self._standing = Standing(engine, self._served)
+        self._recovery = Recovery(engine, self._served, self.changed)
+        self.standing = Standing(engine, self._served, lambda: (self._current, self._draining))
 
     # What anyone may ask.
-
-    @property
-    def state(self) -> SidecarState:
-        """In one word."""
-        return self._standing.state(self._current, draining=self._draining)
-
-    @property
-    def reason(self) -> str:
-        """Why updates or answers are held up, where they are."""
-        return self._standing.reason(self._current)
-
-    @property
-    def ready(self) -> bool:
-        """Whether the engine serves the weights of one version, and updates are welcome."""
-        return self._standing.ready(self._current, draining=self._draining)
-
-    @property
-    def weight_version(self) -> str:
-        """What the engine serves; empty while that is no one version."""
-        return self._standing.weight_version
 
     @property
     def engine(self) -> EngineInfo | None:
@@ -252,9 +230,8 @@ class Coordinator:
         info = self._engine.info
         if info is None:
             info = await self._engine.probe()
-            self._engine_seen()
-        if self._recovering:
-            await asyncio.shield(self._recovering)
+            self._recovery.engine_seen()
+        await self._recovery.ended()
         if self._draining:
             raise refusals.draining()
         if info.unsupported:
@@ -283,15 +260,10 @@ class Coordinator:
         if self._current:
             raise refusals.in_progress(self._current, header)
         admission.check_suits_engine(header, info, num_buckets)
-        self._check_version(header)
-
-    def _check_version(self, header: Header) -> None:
-        """Versions are unique in an engine's life, and increase where they are decimal numbers."""
-        new, served = header.weight_version, self._engine.weight_version
-        backwards = new.isdecimal() and served.isdecimal() and int(new) <= int(served)
-        again = self._served.dirty is not None and new == served  # published, but the update broke off after that
-        if (not again and (new == served or backwards)) or self._updates.committed(new, self._engine.epoch):
-            raise refusals.version_not_new(header, served)
+        committed = self._updates.committed(header.weight_version, self._engine.epoch)
+        admission.check_version(
+            header, self._engine.weight_version, committed=committed, dirty=bool(self._served.dirty)
+        )
 
     def _new_update(
         self,
@@ -396,28 +368,9 @@ class Coordinator:
 
     def engine_changed(self) -> None:
         """The watch has seen something new."""
-        self._engine_seen()
+        self._recovery.engine_seen()
         if self._current and self._current.state is UpdateState.COLLECTING:
             self._give_up_after_restart(self._current)
-        self.changed()
-
-    def _engine_seen(self) -> None:
-        self._served.engine_seen()
-        if self._served.recoverable and self._recovering is None:
-            self._recovering = asyncio.create_task(self._recover(self._served.recoverable), name="recover")
-
-    async def _recover(self, left: Entry) -> None:
-        """A predecessor ended in the middle of an update: undo it if no weight was written, else hold generation."""
-        try:
-            self._engine.attach()
-            await self._engine.end_if_open()
-            await (self._engine.hold() if left.written else self._engine.resume())
-            self._served.recovered(whole=not left.written)
-        except EngineError as error:
-            logger.warning(
-                "what update %s of a predecessor left cannot be dealt with: %s", left.update_id, error.message
-            )
-        self._recovering = None
         self.changed()
 
     def _give_up_after_restart(self, update: Update) -> bool:

@@ -94,8 +94,8 @@ class SidecarServer:
 
     async def _publish_readiness(self) -> None:
         while True:
-            await self._health.set_ready(self._coordinator.ready)
-            self._metrics.set_ready(self._coordinator.ready)
+            await self._health.set_ready(self._coordinator.standing.ready)
+            self._metrics.set_ready(self._coordinator.standing.ready)
             await self._state_changed.wait()
             self._state_changed.clear()
 

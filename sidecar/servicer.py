@@ -42,9 +42,9 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
         convert.refuse_unknown_fields(request)
         now = self._coordinator
         return pb.GetStatusResponse(
-            state=pb.SidecarState.ValueType(now.state),
-            reason=now.reason,
-            weight_version=now.weight_version,
+            state=pb.SidecarState.ValueType(now.standing.state),
+            reason=now.standing.reason,
+            weight_version=now.standing.weight_version,
             current_update=convert.outcome(now.current) if now.current else None,
             last_update=convert.outcome(now.last) if now.last else None,
             engine=convert.engine_info(now.engine, now.epoch) if now.engine else None,

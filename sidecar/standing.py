@@ -4,6 +4,7 @@ Derived on every question; owns no state. Invariant: ready means that the engine
 one version, and that updates are welcome.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Protocol
 
@@ -49,15 +50,22 @@ class Engine(Protocol):
         """What its answers carry."""
 
 
-class Standing:
-    """One sidecar's; ``current`` is the update in hand."""
+InHand = Callable[[], tuple[Update | None, bool]]
+"""The update in hand, and whether the sidecar is draining."""
 
-    def __init__(self, engine: Engine, served: ServedWeights) -> None:
+
+class Standing:
+    """One sidecar's."""
+
+    def __init__(self, engine: Engine, served: ServedWeights, in_hand: InHand) -> None:
         self._engine = engine
         self._served = served
+        self._in_hand = in_hand
 
-    def state(self, current: Update | None, *, draining: bool) -> SidecarState:
+    @property
+    def state(self) -> SidecarState:
         """In one word."""
+        current, draining = self._in_hand()
         if draining:
             return SidecarState.DRAINING
         if current and current.state is UpdateState.APPLYING:
@@ -72,7 +80,8 @@ class Standing:
             return SidecarState.UNSYNCED
         return SidecarState.PAUSED if self._engine.held else SidecarState.READY
 
-    def reason(self, current: Update | None) -> str:
+    @property
+    def reason(self) -> str:
         """Why updates or answers are held up, where they are."""
         if self._engine.info is None:
             return self._engine.problem or f"the engine at {self._engine.url} has not answered yet"
@@ -80,14 +89,16 @@ class Standing:
             return self._served.dirty.message
         if self._served.unsynced:
             return "the engine was restarted and serves its checkpoint; send a complete update"
-        if self._held_by_others(current):
+        if self._held_by_others:
             return "the engine takes no requests (/ready): it starts, or was paused; a complete update lets it go on"
         return self._engine.info.unsupported
 
-    def ready(self, current: Update | None, *, draining: bool) -> bool:
+    @property
+    def ready(self) -> bool:
         """Whether the engine serves the weights of one version, and updates are welcome."""
         info, served = self._engine.info, self._served
-        in_step = served.dirty is None and not served.unsynced and not self._held_by_others(current)
+        in_step = served.dirty is None and not served.unsynced and not self._held_by_others
+        draining = self._in_hand()[1]
         return not draining and in_step and info is not None and not info.unsupported
 
     @property
@@ -95,6 +106,8 @@ class Standing:
         """What the engine serves; empty while that is no one version."""
         return "" if self._served.dirty or self._engine.info is None else self._engine.weight_version
 
-    def _held_by_others(self, current: Update | None) -> bool:
+    @property
+    def _held_by_others(self) -> bool:
+        current, _ = self._in_hand()
         applying = current is not None and current.state is UpdateState.APPLYING
         return self._engine.held and not applying

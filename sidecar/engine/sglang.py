@@ -90,9 +90,10 @@ class SGLangEngine(EngineLife):
             await self._pause(PauseMode.RETRACT, self._timeouts.pause)
 
     async def _pause(self, mode: PauseMode, timeout_s: float) -> None:
-        """Never "abort" on top of a pause that an update that failed has left: it waits for ever for requests that
-        cannot end, and blocks /continue_generation (SGLang 0.5.23, managers/tokenizer_control_mixin.py). Some pause is
-        always asked for: a server that was started again meanwhile is not paused.
+        """Ask for some pause always: a server that was started again meanwhile is not paused.
+
+        But never for "abort" on top of a pause that an update that failed has left: it waits for ever for requests that
+        cannot end, and blocks /continue_generation (SGLang 0.5.23, managers/tokenizer_control_mixin.py).
         """
         if self._paused and mode is PauseMode.ABORT:
             mode = PauseMode.RETRACT

@@ -236,7 +236,7 @@ class Schedules(RuleBasedStateMachine):
 
     @invariant()
     def ready_means_ready(self) -> None:
-        if hasattr(self, "coordinator") and self.coordinator.ready and self.engine.alive:
+        if hasattr(self, "coordinator") and self.coordinator.standing.ready and self.engine.alive:
             current = self.coordinator.current
             if current is None or current.state is UpdateState.COLLECTING:
                 assert not self.engine.paused, "ready, and yet generation is held"
@@ -281,8 +281,8 @@ class Schedules(RuleBasedStateMachine):
         for _, call in self.calls:
             with suppress(SyncError, asyncio.CancelledError):
                 call.result()
-        if self.coordinator.state is SidecarState.DIRTY:
-            assert not self.coordinator.ready
+        if self.coordinator.standing.state is SidecarState.DIRTY:
+            assert not self.coordinator.standing.ready
         self.engine.check_generation()
 
     def one_healthy_update_heals(self) -> None:
@@ -296,7 +296,7 @@ class Schedules(RuleBasedStateMachine):
             self.send(rank)
         self.run(asyncio.sleep(100.0))
         assert self.coordinator.find(str(self.update)).state is UpdateState.COMMITTED
-        assert (self.coordinator.state, self.engine.paused) == (SidecarState.READY, False)
+        assert (self.coordinator.standing.state, self.engine.paused) == (SidecarState.READY, False)
         assert set(self.engine.weights.values()) == {self.engine.weight_version} == {str(self.update)}
 
     # How it is done.

@@ -44,6 +44,10 @@ def unsynced(served: ServedWeights) -> bool:
     return served.unsynced
 
 
+def left_over(served: ServedWeights) -> Entry | None:
+    return served.recoverable
+
+
 def dirt(served: ServedWeights) -> SyncError | None:
     return served.dirty
 
@@ -97,9 +101,9 @@ def test_a_predecessors_unfinished_update_is_dirt_on_the_server_that_it_touched(
     left = dirt(served)
     assert left is not None
     assert "'left'" in left.message
-    assert served.recoverable is not None
+    assert left_over(served) is not None
     served.recovered(whole=False)
-    assert served.recoverable is None
+    assert left_over(served) is None
     assert dirt(served) is left
     assert journal.unfinished() is not None
 
