@@ -74,6 +74,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="an engine that was restarted is ready with its checkpoint, before its first update",
     )
+    parser.add_argument(
+        "--journal",
+        type=Path,
+        help="file that says an update is being applied, for the successor of a killed sidecar "
+        "(default: SOCKET.journal; on TCP: none)",
+    )
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on this loopback port")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     for name in defaults.__dataclass_fields__:
@@ -118,6 +124,7 @@ def _serve_config(options: argparse.Namespace) -> ServeConfig:
         accept_checkpoint=options.accept_checkpoint_weights,
         drain_s=options.drain_timeout,
         metrics_port=options.metrics_port,
+        journal_path=options.journal,
     )
 
 

@@ -89,15 +89,21 @@ class ServeConfig:
     max_message_bytes: int = 64 << 20
     """Room for a manifest of about half a million tensors."""
 
+    journal_path: Path | None = None
+    """Set by hand; see ``journal``."""
+
     @property
     def journal(self) -> Path | None:
-        """Where it is written that an update is being applied; nowhere on TCP, where there is no folder of ours."""
-        return Path(f"{self.listen.path}.journal") if isinstance(self.listen, UnixAddress) else None
+        """Where it is written that an update is being applied: beside the socket; on TCP only where it was set."""
+        beside = Path(f"{self.listen.path}.journal") if isinstance(self.listen, UnixAddress) else None
+        return self.journal_path or beside
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.engine_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"--engine-url {self.engine_url!r} is not of the form http://host:port")
+        if self.journal_path is not None and not self.journal_path.parent.is_dir():
+            raise ValueError(f"--journal {self.journal_path}: the folder does not exist; make it, for this user alone")
 
 
 def parse_address(text: str) -> Address:

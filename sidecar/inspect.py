@@ -59,10 +59,12 @@ def _update(update: pb.UpdateOutcome) -> tuple[str, str]:
     text += f", bucket {update.num_posted} of {update.num_buckets}"
     if update.waiting_for_ranks:
         text += f", waits for ranks {list(update.waiting_for_ranks)}"
+    if update.verification:
+        text += f", {_name(pb.Verification.Name(update.verification), 'VERIFICATION_')}"
     for phase in update.phases:
         name = _name(pb.Phase.Name(phase.phase), "PHASE_")
         text += f"; {name} {phase.duration.ToMilliseconds()} ms"
-    return text, update.error
+    return text, update.error or "; ".join(update.notes)
 
 
 def _line(label: str, text: str, why: str = "") -> str:

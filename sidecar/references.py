@@ -29,7 +29,10 @@ class References:
     def __init__(self) -> None:
         self._read: tuple[str, str, Reference] | None = None
         """Folder, fingerprint and content of the checkpoint that was read last."""
+        self._unreadable: tuple[str, str, str] | None = None
+        """The same of one that could not be read, with the reason."""
         self._verified: Reference | None = None
+        self._verified_digest = ""
         self._reports: OrderedDict[tuple[object, ...], Report] = OrderedDict()
 
     async def report(
@@ -53,6 +56,7 @@ class References:
         whole = update.header.allow == Allowance() and update.header.selector is not Selector.DRAFT
         if update.state is UpdateState.COMMITTED and verified and whole and update.manifest.buckets:
             self._verified = Reference.of_manifest(update.manifest, f"update {update.id}")
+            self._verified_digest = update.digest
 
     def _reference(self, model_path: str) -> tuple[Reference | None, str, str]:
         """The best source there is, the state that it is in, and why it is not a better one."""
@@ -60,10 +64,18 @@ class References:
             fingerprint = checkpoint.fingerprint(Path(model_path))
             return self._checkpoint(model_path, fingerprint), f"{model_path} {fingerprint}", ""
         except CheckpointUnreadable as problem:
-            verified = self._verified
-            return verified, verified.source if verified else "", str(problem)
+            return self._verified, self._verified_digest, str(problem)
 
     def _checkpoint(self, model_path: str, fingerprint: str) -> Reference:
+        if self._unreadable and self._unreadable[:2] == (model_path, fingerprint):
+            raise CheckpointUnreadable(self._unreadable[2])
+        try:
+            return self._read_checkpoint(model_path, fingerprint)
+        except CheckpointUnreadable as problem:
+            self._unreadable = (model_path, fingerprint, str(problem))
+            raise
+
+    def _read_checkpoint(self, model_path: str, fingerprint: str) -> Reference:
         folder = Path(model_path)
         if self._read is None or self._read[:2] != (model_path, fingerprint):
             content = Reference.of_checkpoint(checkpoint.read(folder), f"checkpoint {model_path}")

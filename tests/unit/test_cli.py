@@ -101,7 +101,7 @@ def test_every_option_of_serve_is_known_here(capsys: pytest.CaptureFixture[str])
         main(["serve", "--help"])
     words = {word.strip("[],") for word in capsys.readouterr().out.split()}
     assert {word for word in words if word.startswith("--")} == {
-        "--help", "--engine-url", "--listen", "--accept-checkpoint-weights", "--drain-timeout",
+        "--help", "--engine-url", "--listen", "--accept-checkpoint-weights", "--drain-timeout", "--journal",
         "--metrics-port", "--log-level",
         "--collect-timeout", "--pause-timeout", "--session-timeout", "--bucket-timeout", "--load-timeout",
         "--flush-timeout", "--publish-timeout", "--resume-timeout", "--probe-timeout",

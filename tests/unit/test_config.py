@@ -73,3 +73,14 @@ def test_a_timeout_that_is_not_positive_is_refused_by_name(name: str, seconds: f
 
 def test_a_call_without_a_deadline_waits_for_all_phases_together() -> None:
     assert Timeouts().total == sum(getattr(Timeouts(), name) for name in Timeouts.__dataclass_fields__)
+
+
+def test_the_journal_lies_beside_the_socket_and_on_tcp_where_it_was_set(tmp_path: Path) -> None:
+    unix, tcp = UnixAddress(tmp_path / "s.sock"), TcpAddress("127.0.0.1", 1)
+    assert ServeConfig(engine_url="http://h:1", listen=unix).journal == tmp_path / "s.sock.journal"
+    assert ServeConfig(engine_url="http://h:1", listen=tcp).journal is None
+    chosen = tmp_path / "chosen"
+    for address in (unix, tcp):
+        assert ServeConfig(engine_url="http://h:1", listen=address, journal_path=chosen).journal == chosen
+    with pytest.raises(ValueError, match=r"--journal .*: the folder does not exist"):
+        ServeConfig(engine_url="http://h:1", listen=tcp, journal_path=tmp_path / "missing" / "journal")
