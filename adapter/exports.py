@@ -1,24 +1,29 @@
 """A rank's memory that another process can open: allocated, described, and proven to be let go.
 
-One ``Export`` is one region, sent once, opened by one importer. Life, in the trainer's process:
+One ``Export`` is one region, lent to one importer at a time, as often as wanted. Life, in the trainer's process:
 
-    allocate -> fill -> handle() -> sent -+-> the engine opens it, copies, lets go -> released() -> dropped
-                                          +-> the engine never saw it -> reclaim()  -> dropped
+    allocate -> fill -> handle() -> sent -+-> the engine opens it, copies, lets go -> released() -+-> filled again
+                 ^                        +-> the engine never saw it, or died     -> reclaim()  -+-> or drop()
+                 +--------------------------------------------------------------------------------+
 
-Invariant: memory is dropped only when its count says that nobody uses it, so the engine never reads freed memory
-and an export that nobody opened does not hold memory for ever.
+Invariant: memory is dropped or written again only when its count says that nobody else uses it, so the engine never
+reads freed memory, and an export that nobody opened does not hold memory for ever.
 
 Facts borrowed (run with torch 2.11, 2.13 and 2.14): a CUDA export's counter is an int64 in /dev/shm, 64 bytes into
 the file plus 8 per slot, 1 from the export until the importer has dropped it, then 0. A host file's count is the
-int32 at byte 0: 1 when only the exporter holds it, 2 with ``_shared_incref`` for the importer.
+int32 at byte 0: 1 when only the exporter holds it, 2 with ``_shared_incref`` for the importer. Two importers at a time
+would be one too many for both: the host's count cannot tell them apart, and a process that has a mapping already
+lowers the counter of a second one before it has read it.
 """
 
 import os
 import struct
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from sidecar.v1 import weight_sync_pb2 as pb
 
@@ -34,7 +39,7 @@ class Export(ABC):
 
     @abstractmethod
     def handle(self) -> pb.MemoryHandle:
-        """Describe the region for the engine; call it once, after the bytes are written."""
+        """Lend the region to one importer, after the bytes are written; again only once it is released."""
 
     @abstractmethod
     def released(self) -> bool:
@@ -42,7 +47,12 @@ class Export(ABC):
 
     @abstractmethod
     def reclaim(self) -> None:
-        """Take the engine's share back: only for a region that it never opened."""
+        """Take the importer's share back: only where it never opened the region, or died with it."""
+
+    def drop(self) -> None:
+        """Give the memory of a released region back, for good: this object itself may live on in a traceback."""
+        assert self.released(), "the last importer still holds the region"
+        self.flat = torch.empty(0, dtype=torch.uint8)
 
 
 def allocate(num_bytes: int, device: torch.device) -> Export:
@@ -50,21 +60,33 @@ def allocate(num_bytes: int, device: torch.device) -> Export:
     return CudaExport(num_bytes, device) if device.type == "cuda" else HostExport(num_bytes)
 
 
+class _CudaLoan(NamedTuple):
+    """What torch keeps of one export."""
+
+    alias: torch.Tensor
+    counter_file: str
+    counter_slot: int
+
+
 class CudaExport(Export):
     """GPU memory, opened by CUDA IPC in a process that sees the same GPU."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.flat = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self._counter: tuple[str, int] | None = None
+        self._loan: _CudaLoan | None = None
 
     def handle(self) -> pb.MemoryHandle:
+        assert self.released(), "the last importer still holds the region"
         # The importer waits for an event on the stream that is current here; the device is synchronised as well,
         # because the bytes may have been written on another one.
         torch.cuda.synchronize(self.flat.device)
         with torch.cuda.device(self.flat.device):
-            shared = self.flat.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
+            # Torch wraps the storage that it shares anew at every export, and keeps an event and a counter until the
+            # storage is dropped. So what it shares is a tensor of its own over the same memory, dropped with the loan.
+            alias = from_dlpack(self.flat)
+            shared = alias.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
         _, memory, size, offset, counter_file, counter_slot, event, event_sync = shared
-        self._counter = (counter_file.decode(), counter_slot)
+        self._loan = _CudaLoan(alias, counter_file.decode(), counter_slot)
         return pb.MemoryHandle(
             cuda_ipc=pb.CudaIpcHandle(
                 device_uuid=str(torch.cuda.get_device_properties(self.flat.device).uuid),
@@ -79,39 +101,45 @@ class CudaExport(Export):
         )
 
     def released(self) -> bool:
-        if self._counter is None:
-            return True
-        name, slot = self._counter
-        return _read(name, "<q", TORCH_HEADER_BYTES + 8 * slot) in (None, 0)
+        if self._loan is not None:
+            position = TORCH_HEADER_BYTES + 8 * self._loan.counter_slot
+            if _read(self._loan.counter_file, "<q", position) in (None, 0):
+                self._loan = None
+        return self._loan is None
 
     def reclaim(self) -> None:
-        if self._counter is not None and not self.released():
-            name, slot = self._counter
-            torch.UntypedStorage._release_ipc_counter_cuda(name.encode(), slot)
+        if self._loan is not None and not self.released():
+            torch.UntypedStorage._release_ipc_counter_cuda(self._loan.counter_file.encode(), self._loan.counter_slot)
+            self._loan = None
 
 
 class HostExport(Export):
     """A file in /dev/shm, opened by name through torch's manager process."""
 
     def __init__(self, num_bytes: int) -> None:
-        self._storage = torch.UntypedStorage._new_using_filename_cpu(num_bytes)
-        self.flat = torch.empty(0, dtype=torch.uint8).set_(self._storage)
-        self._name = ""
+        storage = torch.UntypedStorage._new_using_filename_cpu(num_bytes)
+        self.flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self._lent_as = ""
 
     def handle(self) -> pb.MemoryHandle:
-        manager, name, size = self._storage._share_filename_cpu_()
-        self._name = name.decode()
-        self._storage._shared_incref()  # type: ignore[no-untyped-call]  # the importer lowers the count when it opens the file
+        assert self.released(), "the last importer still holds the region"
+        storage = self.flat.untyped_storage()
+        manager, name, size = storage._share_filename_cpu_()
+        storage._shared_incref()  # type: ignore[no-untyped-call]  # the importer lowers the count when it opens the file
+        self._lent_as = name.decode()
         return pb.MemoryHandle(
-            shared_memory=pb.SharedMemoryHandle(manager_path=manager.decode(), name=self._name, size_bytes=size)
+            shared_memory=pb.SharedMemoryHandle(manager_path=manager.decode(), name=name.decode(), size_bytes=size)
         )
 
     def released(self) -> bool:
-        return not self._name or _read(self._name, "<i", 0) in (None, 1)
+        if self._lent_as and _read(self._lent_as, "<i", 0) in (None, 1):
+            self._lent_as = ""
+        return not self._lent_as
 
     def reclaim(self) -> None:
         if not self.released():
-            self._storage._shared_decref()
+            self.flat.untyped_storage()._shared_decref()
+            self._lent_as = ""
 
 
 def _read(name: str, form: str, offset: int) -> int | None:

@@ -176,8 +176,12 @@ class SGLangEngine(EngineLife):
             self._published(weight_version)
 
     async def load_from_disk(self, model_path: str) -> None:
-        """Have the server load a checkpoint that it can read itself; needs no session."""
-        body = {"model_path": model_path, "flush_cache": False, "abort_all_requests": False}
+        """Have the server load a checkpoint that it can read itself; needs no session.
+
+        As "auto", the one kind of loader that this route takes: by default it would be what the server was started
+        with, such as "dummy" (SGLang 0.5.23, model_executor/model_runner_components/weight_updater.py).
+        """
+        body = {"model_path": model_path, "load_format": "auto", "flush_cache": False, "abort_all_requests": False}
         await self._post("/update_weights_from_disk", body, self._timeouts.disk)
 
     async def settle(self, lost: EngineLost) -> None:

@@ -245,7 +245,7 @@ def pause_abort_ends_requests_and_allows_a_flush(engine: EngineUnderTest) -> Non
 
 
 def a_load_from_a_missing_folder_is_refused(engine: EngineUnderTest) -> None:
-    body = {"model_path": "/no/such/folder", "flush_cache": False, "abort_all_requests": False}
+    body = {"model_path": "/no/such/folder", "load_format": "auto", "flush_cache": False}
     reply = engine.post("/update_weights_from_disk", body)
     answer = reply.json()
     assert (reply.status_code, answer["success"]) == (400, False)

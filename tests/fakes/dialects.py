@@ -58,6 +58,11 @@ class EngineDialect:
         return self._since("0.5.23")
 
     @property
+    def places_by_role(self) -> bool:
+        """/weights_checker lists a rank's places, one for each model runner; older ones name the target's alone."""
+        return self._since("0.5.21")
+
+    @property
     def has_engine_checksum(self) -> bool:
         """/weights_checker sums all ranks up."""
         return self._since("0.5.13")

@@ -295,15 +295,17 @@ class EngineLife:
     def _num_answers(self) -> int:
         """Under DP attention each replica's first rank answers, for all TP ranks."""
         info = self._settings.server_info
-        return int(str(info.get("dp_size", 1))) if info.get("enable_dp_attention") else 1
+        replicas = info.get("attn_dp_size", info.get("dp_size", 1))
+        return int(str(replicas)) if info.get("enable_dp_attention") else 1
 
     def _rank_checksums(self, rank: int) -> dict[str, object]:
         size = self._settings.tp_size
-        place = {"role": "target", "tp_rank": rank, "tp_size": size, "rank": rank, "size": size}
-        single = {"dp_rank": 0, "dp_size": 1, "pp_rank": 0, "pp_size": 1}
+        place: dict[str, object] = {"tp_rank": rank, "tp_size": size, "rank": rank, "size": size}
+        place |= {"dp_rank": 0, "dp_size": 1, "pp_rank": 0, "pp_size": 1}
         checksum = self.weights.rank_checksum(rank)
         checksums = dict(self.weights.ranks[rank])
-        return {"checksums": checksums, "per_gpu_checksum": checksum, "parallelism_info": [place | single]}
+        places = [{"role": "target"} | place] if self._dialect.places_by_role else place
+        return {"checksums": checksums, "per_gpu_checksum": checksum, "parallelism_info": places}
 
     def _abort_request(self, call: Call) -> Reply:
         if (call.body or {}).get("abort_all"):

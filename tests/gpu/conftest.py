@@ -1,12 +1,14 @@
 """A real SGLang server on GPUs, the sidecar beside it, and one trainer process per TP rank on the same GPUs."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +17,120 @@ import requests
 
 from adapter.demo.cpu_engine import cuda_engine
 from adapter.demo.engine_http import EngineHttp
-from adapter.launch import EngineProcess, SidecarConfig, SidecarProcess
+from adapter.launch import EngineConfig, EngineProcess, SidecarConfig, SidecarProcess
+from adapter.sidecar_stub import SidecarStub
 from tests.gpu.qwen3 import SHAPES, write_config
 
 FIRST_ANSWER_TIMEOUT_S = 300
 
 
-@dataclass
-class Ranks:
-    """The trainer's processes."""
+class Rank:
+    """One of the trainer's processes; see ``tests.gpu.rank``."""
 
-    processes: Sequence[subprocess.Popen[str]]
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "tests.gpu.rank", *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def tell(self, **command: Any) -> None:
+        """Give it a command, without waiting."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for its answer."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"trainer rank {self._process.args!r} died"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def do(self, **command: Any) -> dict[str, Any]:
+        """Both."""
+        self.tell(**command)
+        return self.answer()
+
+    def kill(self) -> None:
+        """SIGKILL; returns when it is gone."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """End it in order, if it lives."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._process.stdout.close()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The whole trainer."""
+
+    ranks: list[Rank]
 
     def all_do(self, **command: Any) -> list[dict[str, Any]]:
         """Give every rank a command, and wait for all answers."""
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(command) + "\n")
-            process.stdin.flush()
-        return [self._answer(process) for process in self.processes]
-
-    @staticmethod
-    def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, f"trainer rank {process.args!r} died"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        for rank in self.ranks:
+            rank.tell(**command)
+        return [rank.answer() for rank in self.ranks]
 
 
 @dataclass
 class Setup:
     """Everything that a test needs."""
 
-    engine: EngineHttp
-    ranks: Ranks
-    socket: str
+    stack: ExitStack
+    config: EngineConfig
+    server: EngineProcess
+    sidecar: SidecarStub
+    """What to ask the sidecar."""
+    rank_arguments: list[str]
+    """Of a rank, after its target and number."""
+    ranks: Ranks = field(default_factory=lambda: Ranks([]))
+
+    @property
+    def engine(self) -> EngineHttp:
+        """What to ask the server itself."""
+        return EngineHttp(self.server.url)
+
+    def start_rank(self, rank: int = 0) -> Rank:
+        """A new trainer process; returns when it has its weights."""
+        started = Rank(self.sidecar.target, str(rank), *self.rank_arguments)
+        self.stack.callback(started.close)
+        assert started.answer()["ready"]
+        return started
+
+    def num_loads(self) -> int:
+        """How many buckets the server has answered, over its life."""
+        return self.server.count_requests("POST", "/update_weights_from_tensor")
+
+    def schedulers(self) -> list[int]:
+        """The server's processes that hold the weights."""
+        members = self.server.process.session_members()
+        return [pid for pid in members if _command_line(pid).startswith("sglang::scheduler")]
+
+    def kill_engine(self) -> None:
+        """SIGKILL to every process of the server."""
+        for pid in self.server.process.session_members():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.server.stop()
+
+    def restart_engine(self) -> None:
+        """A new server at the same port."""
+        self.server.stop()
+        self.server = self.stack.enter_context(EngineProcess(replace(self.config, port=self.server.port)))
 
     def generate(self, prompt: list[int], num_tokens: int) -> list[int]:
         """Greedy token ids; the first call waits for kernels to be compiled."""
@@ -68,34 +148,27 @@ def running(folder: Path, *, shape: str, tp_size: int, bucket_bytes: int) -> Ite
     with ExitStack() as stack:
         model = write_config(SHAPES[shape], folder / "model")
         config = cuda_engine(folder, model, tp_size=tp_size)
-        engine = stack.enter_context(EngineProcess(config))
+        server = stack.enter_context(EngineProcess(config))
         socket = f"unix:{folder}/sidecar.sock"
         log = folder / "sidecar.log"
-        stack.enter_context(SidecarProcess(SidecarConfig(engine_url=engine.url, listen=socket, log_path=log)))
-        processes = [stack.enter_context(_rank(socket, rank, tp_size, shape, bucket_bytes)) for rank in range(tp_size)]
-        ranks = Ranks(processes)
-        for process in processes:
-            ranks._answer(process)
-        yield Setup(EngineHttp(engine.url), ranks, socket)
+        stack.enter_context(SidecarProcess(SidecarConfig(engine_url=server.url, listen=socket, log_path=log)))
+        sidecar = SidecarStub(socket)
+        stack.callback(sidecar.close)
+        setup = Setup(stack, config, server, sidecar, [str(tp_size), shape, str(bucket_bytes)])
+        setup.ranks.ranks.extend(setup.start_rank(rank) for rank in range(tp_size))
+        yield setup
 
 
-@contextmanager
-def _rank(socket: str, rank: int, tp_size: int, shape: str, bucket_bytes: int) -> Iterator[subprocess.Popen[str]]:
-    arguments = [socket, str(rank), str(tp_size), shape, str(bucket_bytes)]
-    command = [sys.executable, "-m", "tests.gpu.rank", *arguments]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.close()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
+def _command_line(pid: int) -> str:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    return ""
+
+
+def gpu_used_mib() -> int:
+    """Of the first GPU, by everybody, as the driver says."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -3,6 +3,7 @@
     python -m tests.gpu.rank TARGET RANK TP_SIZE SHAPE BUCKET_BYTES
 
 {"do": "update", "version": "3"}   sends the weights; they are negated before every update, so that each differs
+{"do": "stall", "version": "3", "bucket": 2}  sends the buckets before that one, and the rest after one more line
 {"do": "save", "folder": "/tmp/x"} writes the weights as they are now
 {"do": "memory"}                   what this process's allocator holds, after torch's own clean-up
 {"do": "copy"}                     seconds for a bare copy of all weights on this GPU: the floor of a sync
@@ -11,13 +12,15 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adapter import WeightSyncClient
+from adapter import TensorSpec, WeightSyncClient, WeightSyncError
+from adapter.planner import plan
 from tests.gpu.qwen3 import SHAPES, NamedTensors, Qwen3Shape, random_weights, save_checkpoint
 
 
@@ -31,13 +34,27 @@ class Rank:
         self.client = WeightSyncClient(target, rank=rank, tp_size=tp_size, bucket_bytes=bucket_bytes)
 
     def update(self, version: str) -> dict[str, Any]:
-        """Send the negated weights."""
+        """Send the negated weights; what came of it, an error too."""
         torch._foreach_neg_([tensor for _, tensor in self.weights])
         torch.cuda.synchronize()
         started = time.monotonic()
-        result = self.client.update_weights(self.weights, version=version, timeout=120)
-        seconds = time.monotonic() - started
-        return {"seconds": seconds, **asdict(result)}
+        try:
+            result = asdict(self.client.update_weights(self.weights, version=version, timeout=120))
+        except WeightSyncError as error:
+            result = {"error": type(error).__name__, "reason": error.reason, "message": str(error)}
+        return {"seconds": time.monotonic() - started, **result}
+
+    def stall(self, version: str, bucket: int) -> dict[str, Any]:
+        """Stop in the middle of a bucket, having sent those before it, until another line comes."""
+        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.weights]
+        before = sum(len(part.placements) for part in plan(specs, self.client.bucket_bytes).buckets[:bucket])
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            yield from self.weights[: before + 1]
+            sys.stdin.readline()
+            yield from self.weights[before + 1 :]
+
+        return asdict(self.client.update_weights(tensors(), specs=specs, version=version, timeout=120))
 
     def memory(self) -> dict[str, Any]:
         """Bytes that the allocator has given out, and what an engine may still hold."""

@@ -1,16 +1,12 @@
-"""Real CUDA IPC into real SGLang servers: run with `make test-gpu` on a machine with one or two GPUs.
+"""Real CUDA IPC into real SGLang servers: run with `make test-gpu` on a machine with one or two GPUs."""
 
-Figures are printed and, if GPU_FIGURES names a file, added to it as JSON lines.
-"""
-
-import json
-import os
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 
+from tests.gpu import figures
 from tests.gpu.conftest import Setup, running
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(560)]
@@ -45,6 +41,7 @@ def test_an_8b_model_syncs_and_its_figures_are_kept(tmp_path: Path, tp_size: int
         floor = setup.ranks.all_do(do="copy")
         before = setup.ranks.all_do(do="memory")
         updates = [setup.ranks.all_do(do="update", version=str(version)) for version in range(1, 13)]
+        assert all(rank["weight_version"] == str(1 + past) for past, update in enumerate(updates) for rank in update)
         assert setup.ranks.all_do(do="memory") == before
         _keep_figures(tp_size, bucket_bytes, [rank["seconds"] for rank in floor], updates[2:])
 
@@ -67,7 +64,7 @@ def _keep_figures(tp_size: int, bucket_bytes: int, floor_s: list[float], updates
     slowest = [max(update, key=lambda rank: rank["seconds"]) for update in updates]
     seconds = median(rank["seconds"] for rank in slowest)
     phases = {name: median(rank["phases"][name] for rank in slowest) for name in slowest[0]["phases"]}
-    figures = {
+    seen = {
         "tp_size": tp_size,
         "bucket_bytes": bucket_bytes,
         "posts": slowest[0]["num_posts"],
@@ -76,8 +73,4 @@ def _keep_figures(tp_size: int, bucket_bytes: int, floor_s: list[float], updates
         "ratio": round(seconds / max(floor_s), 2),
         "phases_ms": {name: round(value * 1000, 1) for name, value in phases.items()},
     }
-    line = json.dumps(figures)
-    print(line)
-    if path := os.environ.get("GPU_FIGURES"):
-        with Path(path).open("a") as file:
-            file.write(line + "\n")
+    figures.keep("sync", seen)

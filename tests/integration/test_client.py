@@ -1,6 +1,9 @@
 """The trainer's surface against a real sidecar: one client per rank, real torch memory, nothing left behind."""
 
 import logging
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -16,6 +19,7 @@ from adapter import (
     UpdateAborted,
     UpdateFailed,
     UpdateRefused,
+    UpdateResult,
     UpdateStillApplying,
     WeightSyncClient,
     WeightSyncError,
@@ -64,6 +68,13 @@ def on_all(ranks: Clients, sync: Sync) -> list[object]:
 
 def send(version: str, timeout: float = TIMEOUT_S, seed: int = 0) -> Sync:
     return lambda client: client.update_weights(weights(seed).items(), version=version, timeout=timeout)
+
+
+def send_verified(version: str, seed: int) -> Sync:
+    digest = f"seed {seed}"
+    return lambda client: client.update_weights(
+        weights(seed).items(), version=version, verify=True, content_digest=digest, timeout=TIMEOUT_S
+    )
 
 
 @pytest.mark.parametrize("pair", [SESSIONS, NO_SESSIONS], indirect=True)
@@ -256,3 +267,112 @@ def test_a_dead_engine_is_not_confused_with_a_dead_sidecar(start: StartPair, cap
             client.wait_ready(timeout=0.3)
         assert client.unreleased_bytes == 0
     assert caplog.text == ""
+
+
+def test_a_checkpoint_from_disk_heals_what_the_ranks_broke(start: StartPair) -> None:
+    pair = start()
+    pair.engine.fault("/end_weight_update", Fault.REFUSE, message="no")
+    with clients(pair) as ranks:
+        assert {type(error) for error in on_all(ranks, send("breaks"))} == {UpdateFailed}
+        with pytest.raises(UpdateFailed, match="Failed to get weights iterator"):
+            ranks[0].update_weights_from_disk(version="1", model_path=str(pair.folder / "missing"))
+        result = ranks[0].update_weights_from_disk(version="1", model_path=str(pair.folder), timeout=TIMEOUT_S)
+        assert (result.update_id, result.weight_version, result.num_posts) == ("disk 1", "1", 0)
+        assert result.cache_flushed
+        assert {"pause", "load", "flush", "publish", "resume"} <= set(result.phases)
+        assert ranks[1].update_weights_from_disk(version="1", model_path=str(pair.folder)) == result
+        with pytest.raises(UpdateRefused) as raised:
+            ranks[0].update_weights_from_disk(version="1", model_path="/elsewhere")
+        assert raised.value.reason == "UPDATE_ID_REUSED"
+        with pytest.raises(ValueError, match="pause_mode 'gently' is none of retract, in_place, abort, drain, none"):
+            ranks[0].update_weights_from_disk(version="2", pause_mode="gently")
+        assert not [result for result in on_all(ranks, send("2")) if isinstance(result, Exception)]
+    assert pair.engine.weight_version == "2"
+
+
+@pytest.mark.parametrize(
+    ("release", "verdicts"), [(SESSIONS, ["consistent", "consistent", "proven"]), (NO_SESSIONS, ["unavailable"] * 3)]
+)
+def test_what_verification_proved_is_in_the_result(start: StartPair, release: str, verdicts: list[str]) -> None:
+    pair = start(release=release)
+    seen = []
+    with clients(pair) as ranks:
+        for version, seed in enumerate([1, 2, 1]):
+            first, second = on_all(ranks, send_verified(str(version), seed))
+            assert isinstance(first, UpdateResult), first
+            assert first == second
+            assert ("verify" in first.phases, len(first.notes)) == (True, 0 if release == SESSIONS else 1)
+            seen.append(first.verification)
+    assert seen == verdicts
+
+
+def test_without_verification_there_is_no_verdict_and_nothing_to_note(pair: Pair) -> None:
+    with clients(pair) as ranks:
+        for result in on_all(ranks, send("no verdict")):
+            assert isinstance(result, UpdateResult), result
+            assert (result.verification, result.notes, "verify" in result.phases) == ("", (), False)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"selector": "both"}, "selector 'both' is none of target, draft, all"),
+        ({"pause_mode": "gently"}, "pause_mode 'gently' is none of"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_a_value_error(pair: Pair, choice: dict[str, str], said: str) -> None:
+    with clients(pair) as (client, _):
+        with pytest.raises(ValueError, match=said):
+            client.update_weights(weights().items(), version="no choice", **choice)  # type: ignore[arg-type]
+        assert client.unreleased_bytes == 0
+    pair.assert_untouched()
+
+
+def test_an_engine_that_is_too_busy_is_told_apart_and_the_memory_is_back(start: StartPair) -> None:
+    pair = start("--pause-timeout", "0.5")
+    pair.engine.running_requests = 1
+    with clients(pair) as ranks:
+        errors = on_all(
+            ranks,
+            lambda c: c.update_weights(weights().items(), version="busy", pause_mode="drain", timeout=TIMEOUT_S),
+        )
+        assert {(type(error), getattr(error, "reason", "")) for error in errors} == {(UpdateAborted, "ENGINE_BUSY")}
+        assert [client.unreleased_bytes for client in ranks] == [0, 0]
+    assert pair.status().state == pb.SIDECAR_STATE_READY
+
+
+TRAINER = """
+import sys, time, torch
+from adapter import TensorSpec, WeightSyncClient
+
+def tensors():
+    yield "w0", torch.zeros(16)
+    print("first bucket", flush=True)
+    time.sleep(600)
+
+specs = [TensorSpec(f"w{number}", torch.float32, (16,)) for number in range(2)]
+client = WeightSyncClient(sys.argv[1], rank=0, tp_size=2, bucket_bytes=64)
+client.update_weights(tensors(), version="killed", specs=specs)
+"""
+
+
+def test_a_trainer_that_is_killed_between_two_buckets_is_noticed_at_once(start: StartPair) -> None:
+    """Not after the bucket time-out of 300 s, in which generation would be paused."""
+    pair = start()
+    pairs = [(f"w{number}", torch.zeros(16)) for number in range(2)]
+    command = [sys.executable, "-c", TRAINER, pair.target]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as trainer, clients(pair, bucket_bytes=64) as ranks:
+        assert trainer.stdout is not None
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                assert trainer.stdout.readline() == b"first bucket\n"
+                other = pool.submit(lambda: ranks[1].update_weights(pairs, version="killed", timeout=60))
+                wait_until(lambda: LOAD in pair.posts())
+            finally:
+                trainer.send_signal(signal.SIGKILL)
+            error = other.exception(timeout=TIMEOUT_S)
+        assert isinstance(error, UpdateFailed), error
+        assert "rank 0 cancelled its call, or died, before the engine had its memory" in str(error)
+        assert not pair.engine.session_open
+        assert ranks[1].unreleased_bytes == 0
+    assert pair.status().state == pb.SIDECAR_STATE_DIRTY

@@ -1,6 +1,9 @@
 """The word that a sidecar leaves to its successor."""
 
+import json
 from pathlib import Path
+
+import pytest
 
 from sidecar.journal import Entry, Journal
 
@@ -30,3 +33,32 @@ def test_without_a_path_nothing_is_kept() -> None:
     journal.begin(ENTRY)
     assert journal.unfinished() is None
     journal.clear()
+
+
+@pytest.mark.parametrize(
+    ("written", "now", "is_about"),
+    [
+        (("42", "7/100"), ("42", "7/100"), True),
+        (("42", "7/100"), ("43", "7/100"), False),
+        (("42", "7/100"), ("42", "7/101"), False),
+        (("42", "7/100"), ("42", "8/100"), False),
+        (("42", ""), ("42", "7/100"), True),
+        (("42", "7/100"), ("42", ""), True),
+        (("42", ""), ("43", ""), False),
+        (("", "7/100"), ("42", "7/100"), True),
+        (("", "7/100"), ("42", "8/100"), False),
+        (("", ""), ("42", "7/100"), True),
+    ],
+)
+def test_an_entry_is_about_the_server_that_it_names_and_in_doubt_about_this_one(
+    written: tuple[str, str], now: tuple[str, str], is_about: bool
+) -> None:
+    seed, process = written
+    entry = Entry(update_id="u", weight_version="7", engine_seed=seed, engine_process=process)
+    assert entry.is_about(*now) is is_about
+
+
+def test_an_entry_of_a_sidecar_that_saw_no_processes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock.journal"
+    path.write_text(json.dumps({"update_id": "u", "weight_version": "7", "engine_seed": "42"}))
+    assert Journal(path).unfinished() == ENTRY

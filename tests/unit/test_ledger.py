@@ -104,6 +104,15 @@ def test_memory_that_the_engine_may_read_is_kept(
     assert ledger.unreleased_bytes == 0
 
 
+def test_memory_goes_back_at_once_even_while_somebody_still_names_the_export(ledger: ExportLedger) -> None:
+    before = files_of_this_process()
+    export, name = sent(ledger)
+    shared_memory.release(name)
+    ledger.settle()
+    assert files_of_this_process() == before
+    assert export.released()
+
+
 def test_settling_one_waits_for_that_one_and_drops_all_that_are_free(ledger: ExportLedger) -> None:
     first, first_name = sent(ledger)
     _, second_name = sent(ledger)
@@ -148,9 +157,71 @@ def test_memory_is_taken_back_once_the_sidecar_knows_that_nobody_uses_it(
     ledger.settle()
 
 
-def test_memory_of_an_update_that_the_sidecar_does_not_know_is_kept(ledger: ExportLedger) -> None:
-    _, name = sent(ledger)
+def test_memory_of_an_update_that_the_sidecar_does_not_know_is_taken_back(ledger: ExportLedger) -> None:
+    """It was started since, and its engine's scheduler has answered it after all that a predecessor may have posted."""
+    sent(ledger)
     ledger.revisit(lambda _: None, 1)
+    assert ledger.unreleased_bytes == 0
+    ledger.settle()
+
+
+@pytest.mark.parametrize(
+    ("waits_for", "num_posted", "released"),
+    [
+        pytest.param([1], 0, True, id="begun-anew-by-others"),
+        pytest.param([0], 0, False, id="delivered"),
+        pytest.param([1], 1, False, id="begun-anew-after-an-attempt-that-was-posted"),
+    ],
+)
+def test_memory_is_not_part_of_an_update_that_still_waits_for_its_rank(
+    ledger: ExportLedger, waits_for: list[int], num_posted: int, released: bool
+) -> None:
+    _, name = sent(ledger)
+    outcome = pb.UpdateOutcome(
+        state=pb.UPDATE_STATE_COLLECTING, waiting_for_ranks=waits_for, num_posted_ever=num_posted, engine_epoch=1
+    )
+    ledger.revisit({"update": outcome}.get, 1, rank=1)
+    assert (ledger.unreleased_bytes == 0) is released
+    if not released:
+        shared_memory.release(name)
+    ledger.settle()
+
+
+@pytest.mark.parametrize("state", [pb.UPDATE_STATE_FAILED, pb.UPDATE_STATE_COMMITTED])
+def test_memory_that_was_posted_in_vain_is_taken_back_once_the_engine_is_whole_again(
+    ledger: ExportLedger, state: pb.UpdateState.ValueType
+) -> None:
+    """Healed under another id, or by the next attempt under the same one."""
+    sent(ledger)
+    outcome = pb.UpdateOutcome(state=state, num_posted_ever=1, engine_epoch=1)
+    ledger.revisit({"update": outcome}.get, 1, dirty=True)
+    assert ledger.unreleased_bytes == 128
+    ledger.revisit({"update": outcome}.get, 1, dirty=False)
+    assert ledger.unreleased_bytes == 0
+    ledger.settle()
+
+
+def test_memory_that_was_loaded_is_taken_back_only_from_a_dead_engine(ledger: ExportLedger) -> None:
+    export, _ = sent(ledger)
+    ledger.settle_one(export, patience_s=0.01)
+    outcome = pb.UpdateOutcome(state=pb.UPDATE_STATE_COMMITTED, num_posted_ever=1, engine_epoch=1)
+    ledger.revisit({"update": outcome}.get, 1, dirty=False)
+    ledger.revisit(lambda _: None, 1, dirty=False)
+    assert ledger.unreleased_bytes == 128
+    ledger.revisit({"update": outcome}.get, 2, dirty=False)
+    assert ledger.unreleased_bytes == 0
+    ledger.settle()
+
+
+def test_a_region_that_is_handed_over_again_is_not_taken_back_for_what_it_carried_before(ledger: ExportLedger) -> None:
+    export, name = sent(ledger)
+    shared_memory.release(name)
+    assert export.released()
+    export.handle()
+    ledger.hold(export, "next", 0)
+    aborted = pb.UpdateOutcome(state=pb.UPDATE_STATE_ABORTED, engine_epoch=1)
+    applying = pb.UpdateOutcome(state=pb.UPDATE_STATE_APPLYING, num_posted_ever=1, engine_epoch=1)
+    ledger.revisit({"update": aborted, "next": applying}.get, 1)
     assert ledger.unreleased_bytes == 128
     shared_memory.release(name)
     ledger.settle()

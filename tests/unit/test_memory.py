@@ -11,8 +11,8 @@ import pytest
 
 from sidecar import memory as memories
 from sidecar.errors import InvalidRequest, Reason
-from sidecar.memory import CudaIpcMemory, Memory, SharedMemory, check
-from tests.fakes import SharedFile
+from sidecar.memory import CudaIpcMemory, Memory, SharedMemory, check, let_go
+from tests.fakes import SharedFile, shared_memory
 
 UUID = "6b7c1a2e-0d3f-4a5b-8c9d-0e1f2a3b4c5d"
 CUDA = CudaIpcMemory(
@@ -158,3 +158,36 @@ def test_a_manager_that_the_engine_could_not_reach_is_refused(path: str, shared:
     said = refusal(dataclasses.replace(shared, manager_path=path))
     assert f"cannot see torch_shm_manager's socket {path[:128]!r}" in said
     assert "must share the temporary directory" in said
+
+
+def test_shared_memory_without_a_share_for_the_engine_is_refused(tmp_path: Path) -> None:
+    """The engine would remove the file as it lets go, and a load that was lost would look like one that was done."""
+    with SharedFile(bytes(64), importers=0) as file, socket.socket(socket.AF_UNIX) as manager:
+        manager.bind(str(tmp_path / "manager.sock"))
+        said = refusal(SharedMemory(str(tmp_path / "manager.sock"), file.name, 64), needed_bytes=64)
+    assert "count" in said
+
+
+def test_shared_memory_is_let_go_once_the_engine_has_opened_and_dropped_it(shared: SharedMemory) -> None:
+    assert not let_go(shared), "not opened, or in use"
+    shared_memory.release(shared.name)
+    assert let_go(shared)
+
+
+def test_an_export_of_a_gpu_is_let_go_once_its_counter_is_0() -> None:
+    assert not let_go(CUDA)
+    assert let_go(dataclasses.replace(CUDA, ref_counter_offset=4))
+    assert not let_go(dataclasses.replace(CUDA, ref_counter_offset=7)), "anything but 0"
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        SharedMemory("/manager", "/torch_gone", 64),
+        dataclasses.replace(CUDA, ref_counter_handle="/torch_gone"),
+        dataclasses.replace(CUDA, ref_counter_offset=8),
+    ],
+    ids=["no-file", "no-counters", "no-such-counter"],
+)
+def test_memory_whose_count_cannot_be_read_was_not_let_go(memory: Memory) -> None:
+    assert not let_go(memory)

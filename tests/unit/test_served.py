@@ -1,6 +1,6 @@
 """What weights the engine holds, over its lives and the sidecar's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,8 @@ class Engine:
     info: EngineInfo | None = None
     epoch: int = 0
 
-    def start(self, seed: str) -> None:
-        self.info = parse({"version": "0.5.23", "random_seed": seed})
+    def start(self, seed: str, process: str = "") -> None:
+        self.info = replace(parse({"version": "0.5.23", "random_seed": seed}), process=process)
         self.epoch += 1
 
 
@@ -143,3 +143,20 @@ def test_a_predecessors_journal_means_nothing_to_a_server_started_since(journal:
     assert dirt(served) is None
     assert served.recoverable is None
     assert journal.unfinished() is None
+
+
+@pytest.mark.parametrize(("process", "is_dirty"), [("7/100", True), ("8/200", False), ("", True)])
+def test_a_predecessors_journal_is_about_the_process_that_it_touched(
+    journal: Journal, process: str, is_dirty: bool
+) -> None:
+    """Where the seed was set, another process tells that the server was started since."""
+    engine = Engine()
+    before = ServedWeights(engine, journal, accept_checkpoint=False)
+    engine.start("1", "7/100")
+    before.touching(update(UpdateState.FAILED), writing=True)
+    successor = Engine()
+    served = ServedWeights(successor, journal, accept_checkpoint=False)
+    successor.start("1", process)
+    served.engine_seen()
+    assert (dirt(served) is not None, left_over(served) is not None) == (is_dirty, is_dirty)
+    assert (journal.unfinished() is not None) is is_dirty
