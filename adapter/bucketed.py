@@ -94,13 +94,18 @@ class BucketedSend:
 
     def _finish(self, push: _Push) -> None:
         """Wait until the engine has loaded a bucket and let its memory go."""
-        try:
-            push.answer.result()
-        except grpc.RpcError as failure:
-            error = from_rpc_error(failure, self._stub.target)
-            self._ledger.failed(push.export, push.bucket, error)
-            raise error from failure
+        # Asked for instead of raised: a future that raises itself keeps this frame, and so itself, until a garbage
+        # collection comes round.
+        failure = push.answer.exception()
+        if failure is not None:
+            raise self._failed(push, failure) from failure
         self._ledger.settle_one(push.export)
+
+    def _failed(self, push: _Push, failure: Exception) -> WeightSyncError:
+        assert isinstance(failure, grpc.RpcError)
+        error = from_rpc_error(failure, self._stub.target)
+        self._ledger.failed(push.export, push.bucket, error)
+        return error
 
     def _abort(self, cause: BaseException) -> None:
         """Tell the other ranks, and learn of the pushes in flight what became of their memory."""
@@ -114,11 +119,12 @@ class BucketedSend:
 
     def _learn_fate(self, push: _Push) -> None:
         try:
-            push.answer.result(timeout=ABORT_TIMEOUT_S)
-        except grpc.RpcError as failure:
-            self._ledger.failed(push.export, push.bucket, from_rpc_error(failure, self._stub.target))
+            failure = push.answer.exception(timeout=ABORT_TIMEOUT_S)
         except grpc.FutureTimeoutError:
             push.answer.cancel()
+        else:
+            if failure is not None:
+                self._failed(push, failure)
 
     def _left(self) -> float:
         return max(0.001, self._give_up - time.monotonic())

@@ -10,6 +10,7 @@ Invariant: memory that was handed over is dropped only when the engine has let i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -116,7 +117,9 @@ class WeightSyncClient:
             allow=pb.ManifestAllowance(unknown=allow_unknown, missing=allow_missing),
         )
         try:
-            return self._send(header, planned, iter(named_tensors), timeout)
+            result = self._send(header, planned, iter(named_tensors), timeout)
+            self._look_after()
+            return result
         finally:
             self._ledger.settle()
 
@@ -175,6 +178,7 @@ class WeightSyncClient:
 
     def close(self) -> None:
         """Close the connection, and wait a moment for memory that the engine still holds."""
+        self._look_after()
         self._ledger.settle()
         self._stub.close()
 
@@ -214,10 +218,12 @@ class WeightSyncClient:
         request = pb.UpdateWeightsRequest(update=header, manifest=self._reference(planned), handles=[export.handle()])
         self._ledger.hold(export, header.update_id, 0)
         try:
-            return self._update_weights(request, planned, timeout)
+            outcome = self._update_weights(request, planned, timeout)
         except WeightSyncError as error:
             self._ledger.failed(export, 0, error)
             raise
+        self._ledger.settle_one(export)
+        return outcome
 
     def _update_weights(self, request: pb.UpdateWeightsRequest, planned: Plan, timeout: float) -> pb.UpdateOutcome:
         """The call, again with the manifest in full if the sidecar has forgotten its digest."""
@@ -241,8 +247,21 @@ class WeightSyncClient:
         status = self._stub.status()
         if not status.HasField("engine"):
             raise EngineUnreachable(f"the sidecar at {self._stub.target} waits for its engine: {status.reason}")
-        self._ledger.revisit(self._outcome_of, status.engine.epoch)
+        self._revisit(status)
         return status.engine
+
+    def _revisit(self, status: pb.GetStatusResponse) -> None:
+        """Take back memory that is out of use."""
+        dirty = not status.weight_version
+        self._ledger.revisit(self._outcome_of, status.engine.epoch, rank=self.rank, dirty=dirty)
+
+    def _look_after(self) -> None:
+        """Take back what earlier updates, or one that failed, have left out; nothing hangs on it."""
+        if self._ledger.unreleased_bytes:
+            with suppress(WeightSyncError):
+                status = self._stub.status()
+                if status.HasField("engine"):
+                    self._revisit(status)
 
     def _outcome_of(self, update_id: str) -> pb.UpdateOutcome | None:
         try:

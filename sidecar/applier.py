@@ -169,8 +169,9 @@ class Applier:
         try:
             await self._engine.load(entries, _selector(update), self._version_carried(update))
         except EngineRefused:
-            # SGLang answers 400 to a bucket only before it writes any of it; what came before it was written.
-            update.touched = update.num_loaded > 0
+            # SGLang answers 400 to a bucket only before it writes any of it, but for a draft model's part, which comes
+            # after the target's; and what came before this bucket was written.
+            update.touched = update.num_loaded > 0 or update.header.selector in (Selector.ALL, Selector.DRAFT)
             raise
 
     async def _end(self, update: Update) -> None:
@@ -228,7 +229,7 @@ class Applier:
         phase, touched = update.phase, update.touched
         logger.error("update %s broke off in phase %s: %s", update.id, phase.name.lower(), error.message)
         undone = await self._undo(update, resume=not touched and not dirty)
-        restarted = isinstance(error, EngineRestarted) or self._engine.epoch != update.epoch
+        restarted = isinstance(error, EngineRestarted | EngineDown) or self._engine.epoch != update.epoch
         if restarted or (undone and not touched):
             timed_out = isinstance(error, EngineTimeout) and not restarted
             update.end(UpdateState.ABORTED, refusals.phase_deadline(update, phase, error) if timed_out else error)

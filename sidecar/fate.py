@@ -7,7 +7,7 @@ import logging
 from typing import Protocol
 
 from sidecar import memory
-from sidecar.errors import EngineError, EngineLost, EngineRestarted
+from sidecar.errors import EngineDown, EngineError, EngineLost, EngineRestarted, Reason
 from sidecar.update import Update
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ async def session_is_open(engine: Engine, lost: EngineLost) -> bool:
         return await engine.session_is_open()
     except EngineRestarted:
         raise
+    except EngineDown as down:
+        raise _died(lost) from down
     except EngineError as failure:
         logger.warning("the session cannot be asked for: %s", failure.message)
         raise lost from failure
@@ -50,9 +52,16 @@ async def was_loaded(engine: Engine, update: Update, bucket: int, weight_version
     """
     try:
         await engine.settle(lost)
+    except EngineDown as down:
+        raise _died(lost) from down
     except EngineError as failure:
         logger.warning("the engine has not dealt with bucket %d: %s", bucket, failure.message)
         return False
     if weight_version is not None and await engine.serves(weight_version):
         return True
     return all(memory.let_go(handle) for handle in update.memories(bucket))
+
+
+def _died(lost: EngineLost) -> EngineRestarted:
+    """Nobody listens any more: nothing is left to be dirty."""
+    return EngineRestarted(Reason.ENGINE_LOST, f"{lost.message}; it has died since", **lost.details)

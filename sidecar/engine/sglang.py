@@ -8,7 +8,9 @@ flush kills releases up to 0.5.21.
 import asyncio
 import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 from sidecar import payload
 from sidecar.config import Timeouts
@@ -17,6 +19,7 @@ from sidecar.engine.info import DIALECTS, Dialect
 from sidecar.engine.life import EngineLife
 from sidecar.errors import (
     EngineBusy,
+    EngineDown,
     EngineError,
     EngineLost,
     EngineRefused,
@@ -183,6 +186,8 @@ class SGLangEngine(EngineLife):
         """
         body = {"model_path": model_path, "load_format": "auto", "flush_cache": False, "abort_all_requests": False}
         await self._post("/update_weights_from_disk", body, self._timeouts.disk)
+        if self.info:
+            self.info = self._last_info = replace(self.info, model_path=model_path)
 
     async def settle(self, lost: EngineLost) -> None:
         """Wait until the scheduler has dealt with a load whose answer was ``lost``; raises if it has not in time.
@@ -190,7 +195,18 @@ class SGLangEngine(EngineLife):
         /server_info is answered by the scheduler, in turn.
         """
         had_its_time = isinstance(lost, EngineTimeout)
-        await self._steps.get("/server_info", self._timeouts.probe if had_its_time else self._timeouts.load)
+        limit_s = self._timeouts.probe if had_its_time else self._timeouts.load
+        for tries_left in reversed(range(IDEMPOTENT_TRIES)):
+            try:
+                with self._noticing_death():
+                    await self._steps.get("/server_info", limit_s)
+                break
+            except EngineTimeout:
+                raise
+            except EngineLost:  # a server that is being killed takes connections for a moment still
+                if not tries_left:
+                    raise
+                await asyncio.sleep(RETRY_S)
         await self.probe()
 
     async def end(self) -> None:
@@ -275,8 +291,18 @@ class SGLangEngine(EngineLife):
     async def _post(self, path: str, body: dict[str, object], timeout_s: float) -> None:
         """A step of the update in hand, for the very server that it began with."""
         self._check_bound()
-        try:
+        with self._noticing_death():
             await self._steps.post(path, body, timeout_s)
+
+    @contextmanager
+    def _noticing_death(self) -> Iterator[None]:
+        """What a call that fails says about the server's life, at once and not only at the next look."""
+        try:
+            yield
+        except EngineDown as down:
+            self.died()
+            self.gone(down.message)
+            raise
         except (EngineLost, EngineUnreachable):
             self.suspect = True
             raise

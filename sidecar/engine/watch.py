@@ -49,7 +49,7 @@ class EngineWatch:
             self._on_change()
 
     def _seen(self) -> tuple[object, ...]:
-        return self._engine.info, self._engine.epoch, self._engine.weight_version
+        return self._engine.info, self._engine.epoch, self._engine.weight_version, self._engine.held
 
     def _missed(self, error: EngineError) -> None:
         self._misses += 1

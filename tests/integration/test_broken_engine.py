@@ -149,17 +149,18 @@ def test_a_slow_load_is_waited_for_and_one_beyond_its_limit_is_not(start: StartP
 
 
 @pytest.mark.parametrize("fault", [Fault.DIE, Fault.HALF_LOAD, Fault.DIE_AFTER], ids=lambda fault: fault.name)
-def test_an_engine_that_dies_in_a_load_fails_the_update_and_its_successor_is_healed(
+def test_an_engine_that_dies_in_a_load_takes_the_dirt_with_it_and_its_successor_is_healed(
     start: StartPair, fault: Fault
 ) -> None:
     pair = start()
     pair.engine.fault(LOAD, fault)
     refused = failed_update(pair, "fatal")
-    assert (refused.code, refused.reason) == (grpc.StatusCode.INTERNAL, "UPDATE_FAILED")
+    assert (refused.code, refused.reason) == (grpc.StatusCode.ABORTED, "ENGINE_LOST")
     assert "the connection broke before an answer came" in refused.message
+    assert "it has died since" in refused.message
     outcome = pair.outcome("fatal")
-    assert (outcome.state, outcome.num_posted) == (pb.UPDATE_STATE_FAILED, 1)
-    assert pair.status().state in (pb.SIDECAR_STATE_DIRTY, pb.SIDECAR_STATE_ENGINE_UNREACHABLE)
+    assert (outcome.state, outcome.num_posted) == (pb.UPDATE_STATE_ABORTED, 1)
+    assert pair.status().state == pb.SIDECAR_STATE_ENGINE_UNREACHABLE
     pair.engine.restart()
     pair.mark()
     assert pair.update("successor").state == pb.UPDATE_STATE_COMMITTED

@@ -57,8 +57,9 @@ def test_dirt_goes_with_the_engine_that_had_it(start: StartPair) -> None:
     pair = start()
     pair.engine.fault(LOAD, Fault.DIE)
     answers = [pair.send(pair.request("dies", rank)) for rank in range(2)]
-    assert {refusal(answer).reason for answer in answers} == {"UPDATE_FAILED"}
-    assert pair.status().weight_version == ""
+    assert {refusal(answer).reason for answer in answers} == {"ENGINE_LOST"}
+    status = pair.status()
+    assert (status.state, status.weight_version) == (pb.SIDECAR_STATE_ENGINE_UNREACHABLE, "")
     pair.engine.restart()
     pair.wait_for(pb.SIDECAR_STATE_UNSYNCED)
     assert pair.status().weight_version == "default"
