@@ -20,6 +20,8 @@ def check_suits_engine(header: Header, info: EngineInfo, num_buckets: int) -> No
     unpaused = header.pause_mode is PauseMode.NONE and not info.dialect.uses_sessions
     if unpaused and num_buckets != 1:
         raise refusals.cannot_go_unpaused(header, info.version, num_buckets)
+    if unpaused and header.verify:
+        raise refusals.cannot_verify_unpaused(header)
     if header.selector in (Selector.TARGET, Selector.DRAFT) and not info.dialect.has_selector:
         raise refusals.selector_unsuitable(header, f"SGLang {info.version} cannot choose between models; leave it out")
     if header.selector is Selector.DRAFT and not info.speculative:

@@ -266,4 +266,7 @@ def _selector(update: Update) -> Selector:
 
 def _left(update: Update) -> float:
     """Until weights are touched, the engine is given no longer than the last caller will wait."""
-    return max(0.0, update.patience_until - time.monotonic())
+    left = update.patience_until - time.monotonic()
+    if left <= 0:
+        raise refusals.nobody_waits(update)
+    return left

@@ -126,7 +126,7 @@ class Coordinator:
         return await self._until_ended(update, header.rank, budget_s)
 
     async def update_from_disk(self, header: Header, model_path: str, budget_s: float) -> Update:
-        """The engine loads ``model_path`` (or, if that is empty, what it loaded last) as a version of its own."""
+        """The engine loads ``model_path`` (or, if that is empty, what it was started with) as a version of its own."""
         info = await self._engine_info()
         header.check(1)
         update = self._updates.get(header.update_id)
@@ -137,7 +137,11 @@ class Coordinator:
             update.wait_until(time.monotonic() + budget_s)
             self._start(update, ())
             self._delivered(update)
-        elif update.model_path != (model_path or info.model_path):
+        elif (update.model_path, update.header.weight_version, update.epoch) != (
+            model_path or info.model_path,
+            header.weight_version,
+            self._engine.epoch,
+        ):
             raise refusals.id_reused(update, header.rank)
         return await self._until_ended(update, header.rank, budget_s)
 
@@ -215,7 +219,9 @@ class Coordinator:
         """Check everything that can be checked, and only then take the rank into its update."""
         info = await self._engine_info()
         header.check(info.tp_size)
+        epoch = self._engine.epoch
         report = await self._references.report(known, info.model_path, header.allow, header.selector)
+        self._check_still(epoch, header.update_id)
         if not self._delivered_before(header, handles):  # memory that was read cannot be checked again
             admission.check_handles(handles, known.manifest, header.rank, info.device)
         update = self._find_or_start(header, known, report, info)
@@ -237,6 +243,13 @@ class Coordinator:
         if info.unsupported:
             raise refusals.unsupported_engine(self._engine.url, info.unsupported)
         return info
+
+    def _check_still(self, epoch: int, update_id: str) -> None:
+        """What was true before a file was read must be so afterwards."""
+        if self._draining:
+            raise refusals.draining()
+        if self._engine.epoch != epoch:
+            raise refusals.restarted_meanwhile(update_id)
 
     def _delivered_before(self, header: Header, handles: Mapping[int, Memory]) -> bool:
         """Whether this is a call that was made before, with the same memory."""
@@ -377,7 +390,7 @@ class Coordinator:
         """What was checked against one server must not be loaded into another."""
         if update.epoch == self._engine.epoch:
             return False
-        self._give_up(update, refusals.restarted_meanwhile(update))
+        self._give_up(update, refusals.restarted_meanwhile(update.id))
         return True
 
     def changed(self) -> None:
@@ -414,7 +427,15 @@ class Coordinator:
 
         ``too_late``: what to raise when the deadline passes, for a wait whose deadline has none.
         """
-        with self._callers.calling(update.id, rank, bucket, lambda: self._caller_gone(update, rank, bucket)):
+        give_up = time.monotonic() + budget_s
+
+        def broke_off() -> None:
+            if time.monotonic() < give_up:
+                self._caller_gone(update, rank, bucket)
+            elif too_late is None:  # gRPC was faster than we were to see that its time was over
+                self._collect_deadline(update, budget_s)
+
+        with self._callers.calling(update.id, rank, bucket, broke_off):
             try:
                 async with asyncio.timeout(budget_s):
                     await self._until(happened)
@@ -454,9 +475,12 @@ class Coordinator:
     def _caller_gone(self, update: Update, rank: int, bucket: int) -> None:
         """Memory that was not posted yet must not be posted any more: it may be gone with its owner."""
         error = refusals.caller_gone(update, rank)
-        last = update.num_buckets - 1 if bucket == WHOLE_UPDATE else bucket
+        if bucket == WHOLE_UPDATE:
+            needed = update.num_posted < update.num_buckets or not update.deliveries[rank].committed
+        else:
+            needed = bucket >= update.num_posted
         if update.state is UpdateState.COLLECTING:
             self._give_up(update, error)
-        elif update.state is UpdateState.APPLYING and last >= update.num_posted:
+        elif update.state is UpdateState.APPLYING and needed:
             update.abort_request = error
             self.changed()

@@ -3,6 +3,7 @@
 Invariant: nothing here touches weights, and nothing is sent a second time. "Cannot tell" is the lost call's own error.
 """
 
+import asyncio
 import logging
 from typing import Protocol
 
@@ -11,6 +12,8 @@ from sidecar.errors import EngineDown, EngineError, EngineLost, EngineRestarted,
 from sidecar.update import Update
 
 logger = logging.getLogger(__name__)
+
+LOOKS, LOOK_S = 8, 0.25
 
 
 class Engine(Protocol):
@@ -28,6 +31,9 @@ class Engine(Protocol):
 
     async def serves(self, weight_version: str) -> bool:
         """Whether answers carry that version."""
+
+    async def abort_requests(self) -> None:
+        """End every request in flight."""
 
 
 async def session_is_open(engine: Engine, lost: EngineLost) -> bool:
@@ -48,7 +54,7 @@ async def was_loaded(engine: Engine, update: Update, bucket: int, weight_version
 
     Once the engine has dealt with it, it is: an exception while loading kills the server, and a refusal leaves the
     memory unopened. So a server that lives, and has let go of every rank's memory, has loaded all of it. Where the
-    bucket carried its version, that tells as well.
+    bucket carried its version, that tells instead.
     """
     try:
         await engine.settle(lost)
@@ -57,9 +63,30 @@ async def was_loaded(engine: Engine, update: Update, bucket: int, weight_version
     except EngineError as failure:
         logger.warning("the engine has not dealt with bucket %d: %s", bucket, failure.message)
         return False
-    if weight_version is not None and await engine.serves(weight_version):
-        return True
+    if weight_version is not None:
+        return await _is_served(engine, update, weight_version)
     return all(memory.let_go(handle) for handle in update.memories(bucket))
+
+
+async def _is_served(engine: Engine, update: Update, weight_version: str) -> bool:
+    """Whether a bucket that carried its version has been loaded, once it can no longer be loaded later.
+
+    Unpaused, SGLang lets it wait for requests in flight without limit, and then it would overwrite the next update. So
+    it is let through, at the cost of those requests.
+    """
+    if await _comes_to_serve(engine, weight_version):
+        return True
+    await engine.abort_requests()
+    update.notes.append("requests in flight were ended, since the bucket waited for them for too long")
+    return await _comes_to_serve(engine, weight_version)
+
+
+async def _comes_to_serve(engine: Engine, weight_version: str) -> bool:
+    for _ in range(LOOKS):
+        if await engine.serves(weight_version):
+            return True
+        await asyncio.sleep(LOOK_S)
+    return False
 
 
 def _died(lost: EngineLost) -> EngineRestarted:

@@ -32,7 +32,7 @@ class References:
         self._unreadable: tuple[str, str, str] | None = None
         """The same of one that could not be read, with the reason."""
         self._verified: Reference | None = None
-        self._verified_digest = ""
+        self._verified_state = ""
         self._reports: OrderedDict[tuple[object, ...], Report] = OrderedDict()
 
     async def report(
@@ -56,7 +56,7 @@ class References:
         whole = update.header.allow == Allowance() and update.header.selector is not Selector.DRAFT
         if update.state is UpdateState.COMMITTED and verified and whole and update.manifest.buckets:
             self._verified = Reference.of_manifest(update.manifest, f"update {update.id}")
-            self._verified_digest = update.digest
+            self._verified_state = f"{update.id} {update.digest}"
 
     def _reference(self, model_path: str) -> tuple[Reference | None, str, str]:
         """The best source there is, the state that it is in, and why it is not a better one."""
@@ -64,7 +64,7 @@ class References:
             fingerprint = checkpoint.fingerprint(Path(model_path))
             return self._checkpoint(model_path, fingerprint), f"{model_path} {fingerprint}", ""
         except CheckpointUnreadable as problem:
-            return self._verified, self._verified_digest, str(problem)
+            return self._verified, self._verified_state, str(problem)
 
     def _checkpoint(self, model_path: str, fingerprint: str) -> Reference:
         if self._unreadable and self._unreadable[:2] == (model_path, fingerprint):

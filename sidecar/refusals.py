@@ -66,10 +66,10 @@ def caller_gone(update: Update, rank: int) -> UpdateConflict:
     return UpdateConflict(Reason.UPDATE_ABORTED, message, updateId=update.id, rank=rank)
 
 
-def restarted_meanwhile(update: Update) -> EngineRestarted:
+def restarted_meanwhile(update_id: str) -> EngineRestarted:
     """Another server answers than the one that the first rank was checked against."""
-    message = f"update {update.id!r}: the engine was restarted while ranks arrived; send the update again"
-    return EngineRestarted(Reason.ENGINE_RESTARTED, message, updateId=update.id)
+    message = f"update {update_id!r}: the engine was restarted while ranks arrived; send the update again"
+    return EngineRestarted(Reason.ENGINE_RESTARTED, message, updateId=update_id)
 
 
 def draining() -> Draining:
@@ -130,6 +130,12 @@ def phase_deadline(update: Update, phase: Phase, error: SyncError) -> DeadlinePa
     )
 
 
+def nobody_waits(update: Update) -> DeadlinePassed:
+    """The last caller's deadline, before anything was touched."""
+    message = f"update {update.id!r}: the deadline of the last caller passed before phase {update.phase.name.lower()}; "
+    return DeadlinePassed(Reason.ENGINE_TIMEOUT, message + UNTOUCHED, updateId=update.id, phase=update.phase.name)
+
+
 def failed(update: Update, phase: Phase, error: SyncError) -> UpdateFailed:
     """The engine is dirty now: phase, bucket and ranks say how far it got."""
     where = f"in phase {phase.name.lower()}"
@@ -155,6 +161,15 @@ def cannot_go_unpaused(header: Header, version: str, num_buckets: int) -> Unsuit
     what = f"{num_buckets} buckets" if num_buckets else "a load from disk"
     message = f"rank {header.rank}: pause mode none takes one bucket, which carries its version, on SGLang {version}; "
     message += f"this is {what}; choose another pause mode"
+    return UnsuitableEngine(Reason.PAUSE_MODE_UNSUITABLE, message, rank=header.rank, updateId=header.update_id)
+
+
+def cannot_verify_unpaused(header: Header) -> UnsuitableEngine:
+    """A version that is served together with its bucket can only be verified too late."""
+    message = (
+        f"rank {header.rank}: without a pause the version is served as soon as its bucket is loaded, so it cannot "
+    )
+    message += "be verified before; choose another pause mode, or leave verify out"
     return UnsuitableEngine(Reason.PAUSE_MODE_UNSUITABLE, message, rank=header.rank, updateId=header.update_id)
 
 

@@ -40,13 +40,12 @@ class EngineHttp:
         """POST ``body``: the answer, which must be a JSON object."""
         return self._json_object(path, await self._request("POST", path, body, timeout_s))
 
-    async def answers_ok(self, path: str, timeout_s: float) -> bool:
-        """GET ``path``: whether its status is a success."""
+    async def status(self, path: str, timeout_s: float) -> int:
+        """GET ``path``: its status, whatever that is."""
         try:
-            await self._request("GET", path, None, timeout_s)
-        except EngineRefused:
-            return False
-        return True
+            return (await self._request("GET", path, None, timeout_s)).status_code
+        except EngineRefused as refusal:
+            return int(refusal.details["httpStatus"])
 
     def _json_object(self, path: str, response: requests.Response) -> dict[str, Any]:
         try:

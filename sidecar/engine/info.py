@@ -52,7 +52,7 @@ class EngineInfo:
     speculative: bool = False
     """Whether it has a draft model, so that an update must say which model it is for."""
     model_path: str = field(default="", compare=False)
-    """What it loaded its weights from; another one after a load from disk, without a restart."""
+    """What it was started with, as far as it was seen before a load from disk."""
     process: str = field(default="", compare=False)
     """The process that listens at its port, as ``listener`` names it; empty where that cannot be seen."""
     unsupported: str = ""

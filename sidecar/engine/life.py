@@ -7,6 +7,7 @@ and, where this host shows it, by the process that listens at the port.
 
 import asyncio
 from dataclasses import replace
+from http import HTTPStatus
 
 from sidecar.config import Timeouts
 from sidecar.engine.http import EngineHttp
@@ -58,6 +59,8 @@ class EngineLife:
             self.epoch += 1
             self._paused = False
             self.weight_version = version
+        elif self._last_info:  # what it was started with; some releases name what they loaded since
+            info = replace(info, model_path=self._last_info.model_path)
         self.info = self._last_info = info
         await self._look_whether_held()
         return info
@@ -99,9 +102,9 @@ class EngineLife:
         if self.info is None or not self.info.shows_ready:
             return
         resumed = self._num_resumed
-        ready = await self._looks.answers_ok("/ready", self._timeouts.probe)
+        status = await self._looks.status("/ready", self._timeouts.probe)
         if self._num_resumed == resumed:
-            self.held = not ready
+            self.held = status == HTTPStatus.SERVICE_UNAVAILABLE
 
     def _published(self, weight_version: str) -> None:
         self.weight_version = weight_version

@@ -4,7 +4,10 @@ Pure reading of /proc (Linux). Invariant: "" means "not seen" (another host, use
 """
 
 import contextlib
+import ipaddress
 import os
+import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,11 +20,8 @@ START_TIME_FIELD = 19
 
 def listener_of(url: str) -> str:
     """``PID/START`` of the first process that listens at this loopback address; "" if that cannot be seen."""
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    if parts.hostname not in ("localhost", "::1") and not (parts.hostname or "").startswith("127."):
-        return ""
-    sockets = set(_listening_sockets(port))
+    address = _loopback(url)
+    sockets = set(_listening_sockets(*address)) if address else set()
     owners = [_identity(pid) for pid in _processes() if sockets and _holds(pid, sockets)]
     # A forked child may hold the socket too: the oldest is the server.
     return min(filter(None, owners), key=lambda owner: int(owner.partition("/")[2]), default="")
@@ -32,14 +32,38 @@ def is_alive(process: str) -> bool:
     return not process or _identity(int(process.partition("/")[0])) == process
 
 
-def _listening_sockets(port: int) -> Iterator[str]:
-    """What /proc/PID/fd calls the sockets of this network namespace that listen at ``port``."""
+def _loopback(url: str) -> tuple[frozenset[str], int] | None:
+    """The addresses at which a server of this url may listen, and its port; None if it is not on this host."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname or ""
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if not address.is_loopback:
+        return None
+    mapped = {f"::ffff:{address}"} if address.version == 4 else set()
+    also = {"::1"} if parts.hostname == "localhost" else set()
+    return frozenset({str(address), "0.0.0.0", "::", *mapped, *also}), port  # noqa: S104 - looked for, not bound
+
+
+def _listening_sockets(hosts: frozenset[str], port: int) -> Iterator[str]:
+    """What /proc/PID/fd calls the sockets of this network namespace that listen there."""
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
             for line in (PROC / "net" / table).read_text().splitlines()[1:]:
                 fields = line.split()
-                if fields[3] == LISTEN_STATE and int(fields[1].rpartition(":")[2], 16) == port:
+                address, _, at_port = fields[1].rpartition(":")
+                if fields[3] == LISTEN_STATE and int(at_port, 16) == port and _readable(address) in hosts:
                     yield f"socket:[{fields[9]}]"
+
+
+def _readable(address: str) -> str:
+    """An address as the kernel prints it, in 32-bit words of the machine's own byte order."""
+    words = struct.iter_unpack("=I", bytes.fromhex(address))
+    packed = b"".join(struct.pack("!I", word) for (word,) in words)
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
 def _processes() -> Iterator[int]:

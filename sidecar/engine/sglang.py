@@ -10,7 +10,7 @@ import base64
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from typing import Any
 
 from sidecar import payload
 from sidecar.config import Timeouts
@@ -95,10 +95,11 @@ class SGLangEngine(EngineLife):
     async def _pause(self, mode: PauseMode, timeout_s: float) -> None:
         """Ask for some pause always: a server that was started again meanwhile is not paused.
 
-        But never for "abort" on top of a pause that an update that failed has left: it waits for ever for requests that
-        cannot end, and blocks /continue_generation (SGLang 0.5.23, managers/tokenizer_control_mixin.py).
+        But never for "abort" on top of a pause that a failed update, or somebody else, has left: it waits for ever for
+        requests that cannot end, and blocks /continue_generation (SGLang 0.5.23,
+        managers/tokenizer_control_mixin.py).
         """
-        if self._paused and mode is PauseMode.ABORT:
+        if (self._paused or self.held) and mode is PauseMode.ABORT:
             mode = PauseMode.RETRACT
         self._paused = True  # even if its answer is lost
         await self._post("/pause_generation", {"mode": mode.value}, timeout_s)
@@ -109,7 +110,7 @@ class SGLangEngine(EngineLife):
         In place, since that freezes running requests where a flush sees them: one that is refused says that the engine
         was not idle (after "retract", 0.5.21 and later flush over the requests that wait).
         """
-        if self._paused:  # by an update that failed: what is in flight cannot end before this one
+        if self._paused or self.held:  # what is in flight cannot end before this update
             return await self._pause(PauseMode.RETRACT, limit_s)
         give_up = time.monotonic() + patience_s
         while True:
@@ -186,8 +187,6 @@ class SGLangEngine(EngineLife):
         """
         body = {"model_path": model_path, "load_format": "auto", "flush_cache": False, "abort_all_requests": False}
         await self._post("/update_weights_from_disk", body, self._timeouts.disk)
-        if self.info:
-            self.info = self._last_info = replace(self.info, model_path=model_path)
 
     async def settle(self, lost: EngineLost) -> None:
         """Wait until the scheduler has dealt with a load whose answer was ``lost``; raises if it has not in time.
@@ -245,9 +244,21 @@ class SGLangEngine(EngineLife):
 
     async def checksums(self) -> list[dict[str, str]]:
         """By TP rank: each tensor's name and digest. ``EngineRefused`` where this server cannot compute them."""
-        self._check_bound()
-        answer = await self._steps.ask("/weights_checker", {"action": "checksum"}, self._timeouts.verify)
-        return [dict(rank["checksums"]) for rank in answer["ranks"]]
+        answer = await self._ask_checksums()
+        # With DP attention every replica answers, each for all TP ranks.
+        by_rank = {_tp_rank(rank, place): dict(rank["checksums"]) for place, rank in enumerate(answer["ranks"])}
+        return [by_rank[rank] for rank in sorted(by_rank)]
+
+    async def _ask_checksums(self) -> dict[str, Any]:
+        """Changes nothing, so an answer that was lost, though not one that had its time, is asked for again."""
+        for _ in range(IDEMPOTENT_TRIES - 1):
+            try:
+                return await self._ask("/weights_checker", {"action": "checksum"}, self._timeouts.verify)
+            except EngineTimeout:
+                raise
+            except EngineLost:
+                await asyncio.sleep(RETRY_S)
+        return await self._ask("/weights_checker", {"action": "checksum"}, self._timeouts.verify)
 
     async def publish(self, weight_version: str) -> None:
         """Set the version that answers carry; keeps requests alive (SGLang's default aborts them all)."""
@@ -265,11 +276,18 @@ class SGLangEngine(EngineLife):
         self._published(weight_version)
 
     async def serves(self, weight_version: str) -> bool:
-        """Whether the server says that its answers carry that version."""
+        """Whether the server says that its answers carry that version, which it was told before."""
         try:
-            return await self.ask_weight_version() == weight_version
+            serves = await self.ask_weight_version() == weight_version
         except EngineError:
             return False
+        if serves:
+            self._published(weight_version)
+        return serves
+
+    async def abort_requests(self) -> None:
+        """End every request in flight, so that what waits for them gets its turn."""
+        await self._post("/abort_request", {"rid": "", "abort_all": True}, self._timeouts.resume)
 
     async def resume(self) -> None:
         """Let generation go on."""
@@ -294,6 +312,12 @@ class SGLangEngine(EngineLife):
         with self._noticing_death():
             await self._steps.post(path, body, timeout_s)
 
+    async def _ask(self, path: str, body: dict[str, object], timeout_s: float) -> dict[str, Any]:
+        """The same, with its answer."""
+        self._check_bound()
+        with self._noticing_death():
+            return await self._steps.ask(path, body, timeout_s)
+
     @contextmanager
     def _noticing_death(self) -> Iterator[None]:
         """What a call that fails says about the server's life, at once and not only at the next look."""
@@ -312,3 +336,10 @@ class SGLangEngine(EngineLife):
             message = f"the engine at {self.url} was restarted during the update and has lost what was loaded; "
             message += "send the update again"
             raise EngineRestarted(Reason.ENGINE_RESTARTED, message, engineUrl=self.url)
+
+
+def _tp_rank(rank: dict[str, Any], place: int) -> int:
+    """Which TP rank's checksums these are: said by every release that computes them, else their place."""
+    for said in rank.get("parallelism_info") or ():
+        return int(said["tp_rank"])
+    return place

@@ -177,6 +177,9 @@ class RuleKeepingEngine:
     async def serves(self, weight_version: str) -> bool:
         return self.alive and self.weight_version == weight_version
 
+    async def abort_requests(self) -> None:
+        await self._step(lambda: None)
+
     async def end(self) -> None:
         if self.uses_sessions:
             await self._step(self._end)

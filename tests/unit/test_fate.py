@@ -22,6 +22,7 @@ class Engine:
 
     is_open: bool = False
     served: str = ""
+    serves_after_abort: str = ""
     failure: EngineError | None = None
     epoch: int = 1
     asked: list[str] = field(default_factory=list)
@@ -42,6 +43,11 @@ class Engine:
     async def serves(self, weight_version: str) -> bool:
         self.asked.append("serves")
         return self.served == weight_version
+
+    async def abort_requests(self) -> None:
+        """The bucket gets its turn."""
+        self._ask("abort")
+        self.served = self.serves_after_abort or self.served
 
 
 @pytest.fixture
@@ -109,4 +115,7 @@ def test_memory_that_is_gone_was_not_let_go(files: list[SharedFile]) -> None:
 def test_a_version_that_came_with_the_bucket_tells_that_it_is_loaded(files: list[SharedFile]) -> None:
     assert was_loaded(Engine(served="7"), files, weight_version="7")
     assert not was_loaded(Engine(served="6"), files, weight_version="7")
+    waits_for_requests = Engine(served="6", serves_after_abort="7")
+    assert was_loaded(waits_for_requests, files, weight_version="7")
+    assert waits_for_requests.asked[-2:] == ["abort", "serves"]
     assert not was_loaded(Engine(served="7"), files), "a version that is published later says nothing of a bucket"
