@@ -7,12 +7,15 @@ and, where this host shows it, by the process that listens at the port.
 
 import asyncio
 from dataclasses import replace
-from http import HTTPStatus
 
 from sidecar.config import Timeouts
 from sidecar.engine.http import EngineHttp
 from sidecar.engine.info import EngineInfo, parse
 from sidecar.engine.listener import is_alive, listener_of
+
+
+TAKES_NO_REQUESTS = 503
+"""What /ready answers while the server starts or is paused; anything but that says nothing about a pause."""
 
 
 class EngineLife:
@@ -104,7 +107,7 @@ class EngineLife:
         resumed = self._num_resumed
         status = await self._looks.status("/ready", self._timeouts.probe)
         if self._num_resumed == resumed:
-            self.held = status == HTTPStatus.SERVICE_UNAVAILABLE
+            self.held = status == TAKES_NO_REQUESTS
 
     def _published(self, weight_version: str) -> None:
         self.weight_version = weight_version

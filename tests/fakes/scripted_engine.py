@@ -11,6 +11,7 @@ opens GPU memory. Invariant: what it answers is what a real server answers; ``te
 
 import threading
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -238,4 +239,5 @@ def _refusal(path: str, planned: PlannedFault) -> Reply:
         return Reply(500, b"Internal Server Error", "text/plain; charset=utf-8")
     if path == "/flush_cache":
         return text_reply(planned.status, planned.message or FLUSH_FAILED)
-    return outcome(False, planned.message or f"{path} was refused by a test")
+    said = outcome(False, planned.message or f"{path} was refused by a test")
+    return replace(said, status=planned.status)

@@ -97,13 +97,13 @@ def test_a_hold_ends_with_its_update_and_tells_how(pair: Pair) -> None:
 
 
 def test_a_hold_of_an_update_that_has_ended_tells_at_once(pair: Pair) -> None:
-    pair.begin("over")
-    held = hold(pair, "over", 0)
-    pair.rpc.AbortUpdate(pb.AbortUpdateRequest(update_id="over", rank=1, reason="no more"), timeout=ANSWER_S)
-    for one in (held, hold(pair, "over", 1)):
+    pair.begin("held over")
+    held = hold(pair, "held over", 0)
+    pair.rpc.AbortUpdate(pb.AbortUpdateRequest(update_id="held over", rank=1, reason="no more"), timeout=ANSWER_S)
+    for one in (held, hold(pair, "held over", 1)):
         outcome = one.result(ANSWER_S).outcome
         assert (outcome.state, outcome.error_reason) == (pb.UPDATE_STATE_ABORTED, "UPDATE_ABORTED")
-        assert outcome.error == "rank 1 aborted update 'over': no more"
+        assert outcome.error == "rank 1 aborted update 'held over': no more"
 
 
 def test_a_hold_of_what_was_never_begun_is_refused(pair: Pair) -> None:
@@ -212,7 +212,7 @@ def test_a_hold_that_is_let_go_after_the_commit_changes_nothing(pair: Pair) -> N
     for one in held:
         one.cancel()
     assert pair.outcome("committed").state == pb.UPDATE_STATE_COMMITTED
-    assert pair.update("goes on").state == pb.UPDATE_STATE_COMMITTED
+    assert pair.update("goes on after a hold").state == pb.UPDATE_STATE_COMMITTED
 
 
 def test_one_of_two_holds_is_enough(pair: Pair) -> None:
@@ -251,12 +251,12 @@ def test_a_rank_that_holds_nothing_is_waited_for_as_before(start: StartPair, ran
 
 
 def test_an_update_that_is_tried_again_under_its_id_is_held_anew(pair: Pair) -> None:
-    pair.begin("again")
-    first = hold(pair, "again", 0)
-    pair.rpc.AbortUpdate(pb.AbortUpdateRequest(update_id="again", rank=1), timeout=ANSWER_S)
+    pair.begin("held again")
+    first = hold(pair, "held again", 0)
+    pair.rpc.AbortUpdate(pb.AbortUpdateRequest(update_id="held again", rank=1), timeout=ANSWER_S)
     assert first.result(ANSWER_S).outcome.state == pb.UPDATE_STATE_ABORTED
-    held = between_buckets(pair, "again")
-    push_all(pair, "again", 1)
-    for commit in [pair.commit("again", rank) for rank in range(2)]:
+    held = between_buckets(pair, "held again")
+    push_all(pair, "held again", 1)
+    for commit in [pair.commit("held again", rank) for rank in range(2)]:
         commit.result(ANSWER_S)
     assert held[0].result(ANSWER_S).outcome.state == pb.UPDATE_STATE_COMMITTED

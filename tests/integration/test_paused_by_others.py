@@ -111,7 +111,7 @@ def test_a_release_that_does_not_show_it_is_not_asked(pair: Pair) -> None:
 @shows_ready
 def test_the_pause_of_an_update_is_none_of_somebody_elses(pair: Pair) -> None:
     pair.engine.fault(LOAD, Fault.HANG)
-    answers = [pair.send(pair.request("slow", rank)) for rank in range(2)]
+    answers = [pair.send(pair.request("slow to load", rank)) for rank in range(2)]
     wait_until(lambda: pair.engine.num_hanging == 1)
     after_some_looks(pair)
     status = pair.status()

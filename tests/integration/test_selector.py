@@ -129,7 +129,7 @@ def test_speculative_decoding_without_a_choice_cannot_be_updated(start: StartPai
 
 
 def test_ranks_that_choose_another_model_differ(pair: Pair) -> None:
-    requests = [pair.request("differ", rank) for rank in range(2)]
+    requests = [pair.request("differ in model", rank) for rank in range(2)]
     requests[0].update.selector, requests[1].update.selector = TARGET, ALL
     waiting = pair.send(requests[0])
     pair.wait_for(pb.SIDECAR_STATE_COLLECTING)
