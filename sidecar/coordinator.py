@@ -35,6 +35,8 @@ from sidecar.update import Header, Phase, Update, UpdateState
 
 logger = logging.getLogger(__name__)
 
+LATENESS_S = 1.0
+"""A call that breaks off this close to its deadline met that: a client counts from when it sent, we from when it came."""
 BREAK_OFF_S = 5.0
 """At the end of a drain, for an update that cannot complete to be broken off in order."""
 
@@ -427,10 +429,10 @@ class Coordinator:
 
         ``too_late``: what to raise when the deadline passes, for a wait whose deadline has none.
         """
-        give_up = time.monotonic() + budget_s
+        nearly_over = time.monotonic() + budget_s - min(LATENESS_S, budget_s / 2)
 
         def broke_off() -> None:
-            if time.monotonic() < give_up:
+            if time.monotonic() < nearly_over:
                 self._caller_gone(update, rank, bucket)
             elif too_late is None:  # gRPC was faster than we were to see that its time was over
                 self._collect_deadline(update, budget_s)

@@ -13,7 +13,6 @@ from sidecar.engine.http import EngineHttp
 from sidecar.engine.info import EngineInfo, parse
 from sidecar.engine.listener import is_alive, listener_of
 
-
 TAKES_NO_REQUESTS = 503
 """What /ready answers while the server starts or is paused; anything but that says nothing about a pause."""
 
