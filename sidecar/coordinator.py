@@ -36,7 +36,7 @@ from sidecar.update import Header, Phase, Update, UpdateState
 logger = logging.getLogger(__name__)
 
 LATENESS_S = 1.0
-"""A call that breaks off this close to its deadline met that: a client counts from when it sent, we from when it came."""
+"""A call that breaks off so close to its deadline met that: clients count from when they sent, we from its arrival."""
 BREAK_OFF_S = 5.0
 """At the end of a drain, for an update that cannot complete to be broken off in order."""
 

@@ -1,0 +1,1 @@
+"""A thousand updates on a real server, under traffic and with faults; `make soak`."""
