@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import requests
 from packaging.version import Version
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 90.0
 MANY_TOKENS = 300
 
 
