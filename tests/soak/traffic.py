@@ -17,6 +17,8 @@ from tests.soak.answers import Answer, Failure
 
 PROBE = (11, 42, 7)
 NUM_TOKENS = 8
+# Few, so that some are made between two updates: only those can be compared.
+PROBE_TOKENS = 4
 NUM_STREAMS = 3
 # A stream that begins again at once would leave the two cores of a small machine to nobody else.
 PAUSE_S = 0.03
@@ -45,7 +47,7 @@ class Traffic:
     def _ask(self, prompt: Sequence[int], *, is_probe: bool) -> None:
         started = time.monotonic()
         try:
-            last = self._stream(prompt)
+            last = self._stream(prompt, PROBE_TOKENS if is_probe else NUM_TOKENS)
         except (requests.RequestException, ValueError, KeyError) as error:
             self.failures.append(Failure(started, time.monotonic(), f"{type(error).__name__}: {error}"[:300]))
             self._ended.wait(_AFTER_FAILURE_S)
@@ -55,8 +57,8 @@ class Traffic:
         tokens = tuple(last["output_ids"])
         self.answers.append(Answer(started, time.monotonic(), versions, tokens, is_probe))
 
-    def _stream(self, prompt: Sequence[int]) -> dict[str, Any]:
-        sampling = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+    def _stream(self, prompt: Sequence[int], num_tokens: int) -> dict[str, Any]:
+        sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
         body = {"input_ids": list(prompt), "sampling_params": sampling, "stream": True}
         last: dict[str, Any] = {}
         with _session() as session, session.post(self._url, json=body, timeout=TIMEOUT_S, stream=True) as answer:
