@@ -83,10 +83,10 @@ TITLES = {
 }
 TAIL = """## Memory
 
-What the engine has opened it lets go of by itself. What it never saw, or died with, the trainer takes back: when its
-call is refused, or before its next update, by what `GetUpdate` and the engine's epoch tell. A trainer that is killed
-leaves its host memory to torch's helper process, which removes it once its clients are gone; GPU memory goes with the
-process.
+What the engine has opened it lets go of by itself. What it never opened, or died with, the trainer takes back by what
+the sidecar tells of the update and of the engine: when its call is refused, or around its next update. GPU memory of a
+trainer that is killed goes with its process. Its host memory stays in `/dev/shm`, as `torch_<pid>_*`, until torch's
+helper process removes it, which waits for the engine to end too: remove the files of a dead pid by hand.
 """
 
 

@@ -56,8 +56,9 @@ class HoldingProxy:
             self.release()
             frontend.close()
 
-    def revive(self) -> None:
-        """On the same port."""
+    def revive(self, engine_url: str) -> None:
+        """On the same port, before another server."""
+        self._engine_url = engine_url
         self._frontend = HttpFrontend(self._answer, self.port)
 
     def release(self) -> None:

@@ -225,42 +225,31 @@ class Rank:
         return pb.MemoryHandle(shared_memory=shared)
 
     def settle(self) -> None:
-        """Wait for what the engine has yet to let go; take the rest back where it is known to be out of use; tell.
-
-        Comes after a complete update: whatever was sent before that one has been dealt with, so memory that still
-        counts two holders was never opened, and never will be.
-        """
+        """Wait a moment for what the engine has yet to let go, take back what is out of use, and tell what is held."""
         self.connect()
         give_up = time.monotonic() + LET_GO_S
-        while any(self._held_by_live(piece) for piece in self.pieces) and time.monotonic() < give_up:
+        while any(map(self._is_in_use, self.pieces)) and time.monotonic() < give_up:
             time.sleep(0.02)
-        told = [self._take_back(piece) for piece in self.pieces if self._told_out_of_use(piece)]
-        untold = [self._take_back(piece) for piece in self.pieces[: -content.NUM_BUCKETS]]
-        counts = [piece.file.count for piece in self.pieces]
-        self.tell("counts", counts=counts, told=sum(told), untold=sum(untold))
+        for piece in self.pieces:
+            if piece.file.count > 1 and not self._is_in_use(piece):
+                release(piece.file.name)
+        self.tell("counts", counts=[piece.file.count for piece in self.pieces])
         self.disconnect()
 
-    def _held_by_live(self, piece: Piece) -> bool:
-        return piece.file.count > 1 and not self._told_out_of_use(piece)
-
-    @staticmethod
-    def _take_back(piece: Piece) -> bool:
-        held = piece.file.count > 1
-        if held:
-            release(piece.file.name)
-        return held
-
-    def _told_out_of_use(self, piece: Piece) -> bool:
-        """As the adapter's ledger decides it."""
-        try:
-            answer = self.rpc.GetUpdate(pb.GetUpdateRequest(update_id=piece.update_id), timeout=LEARN_S)
-        except grpc.RpcError:  # a successor, whose engine has since carried out a complete update
-            return True
-        status = self.rpc.GetStatus(pb.GetStatusRequest(), timeout=LEARN_S)
-        outcome = answer.outcome
-        if outcome.state not in (pb.UPDATE_STATE_COMMITTED, pb.UPDATE_STATE_ABORTED, pb.UPDATE_STATE_FAILED):
+    def _is_in_use(self, piece: Piece) -> bool:
+        """Whether somebody else may still read it: told as the adapter's ledger does."""
+        if piece.file.count <= 1:
             return False
-        return piece.bucket >= outcome.num_posted_ever or outcome.engine_epoch != status.engine.epoch
+        status = self.rpc.GetStatus(pb.GetStatusRequest(), timeout=LEARN_S)
+        try:
+            outcome = self.rpc.GetUpdate(pb.GetUpdateRequest(update_id=piece.update_id), timeout=LEARN_S).outcome
+        except grpc.RpcError:  # a successor, whose engine has dealt with all that its predecessor sent
+            return False
+        if pb.UpdateState.Name(outcome.state).removeprefix("UPDATE_STATE_") in ("COLLECTING", "APPLYING"):
+            return True
+        another_engine = outcome.engine_epoch != status.engine.epoch
+        never_posted = piece.bucket >= outcome.num_posted_ever
+        return not (never_posted or another_engine or status.weight_version)
 
     def forget(self) -> None:
         """Drop every piece."""
@@ -304,7 +293,8 @@ def serve(commands: "Connection[bytes, bytes]", rank: Rank) -> None:
             case "go on":
                 rank.go_on.set()
             case "settle":
-                working.join()
+                if working.is_alive():
+                    working.join()
                 rank.settle()
             case "forget":
                 rank.forget()

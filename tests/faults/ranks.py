@@ -59,11 +59,12 @@ class RankProcess:
             assert told, f"rank {self.rank} told no {event!r}: {self.process.log_text()}"
             self._events.append(json.loads(self._pipe.recv_bytes()))
 
-    def settle(self) -> dict[str, Any]:
+    def settle(self) -> list[int]:
         """How many hold each piece of its memory, once it has taken back what it may."""
         self._events.clear()
         self.tell("settle")
-        return self.wait("counts")
+        counts: list[int] = self.wait("counts")["counts"]
+        return counts
 
     def stop(self) -> None:
         """SIGSTOP."""

@@ -11,7 +11,8 @@ import itertools
 import os
 import signal
 import struct
-from dataclasses import asdict, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import grpc
@@ -19,7 +20,7 @@ import grpc
 from adapter.demo import tiny_model
 from adapter.demo.cpu_engine import cpu_engine
 from adapter.demo.engine_http import EngineHttp, RankChecksums
-from adapter.launch import EngineProcess, SidecarConfig, SidecarProcess, free_port
+from adapter.launch import EngineProcess, SidecarConfig, SidecarProcess
 from sidecar.v1 import weight_sync_pb2 as pb
 from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
 from tests.faults import content
@@ -36,13 +37,14 @@ COLLECT_S, BUCKET_S = 20, 5
 
 
 class RealRig:
-    """One server's stack."""
+    """One server's stack, whose server is killed ``num_kills`` times."""
 
-    def __init__(self, workdir: Path, tp_size: int) -> None:
+    def __init__(self, workdir: Path, tp_size: int, num_kills: int = 0) -> None:
         self.workdir = workdir
         self.tp_size = tp_size
         model = tiny_model.write_config(workdir / "model")
-        self._config = replace(cpu_engine(workdir, model, tp_size=tp_size), port=free_port())
+        self._config = cpu_engine(workdir, model, tp_size=tp_size)
+        self._num_spares = num_kills
         self.ranks: list[RankProcess] = []
         self._seeds = itertools.cycle(SEEDS)
         self._versions = itertools.count(1)
@@ -66,8 +68,10 @@ class RealRig:
         self.ranks.extend(self._start_rank(rank) for rank in range(self.tp_size))
         self._spare = self._start_rank(self.tp_size - 1)
         """In the place of the last rank, should that be killed: importing torch takes seconds."""
+        self._starting = stack.enter_context(ThreadPoolExecutor(1))
         self.engine = EngineProcess(self._config)
         stack.callback(self._end_engine)
+        self._start_spare_engine()
         self.http = EngineHttp(self.engine.url)
         self.proxy = stack.enter_context(contextlib.closing(HoldingProxy(self.engine.url)))
         self.start_sidecar()
@@ -92,6 +96,8 @@ class RealRig:
 
     def _end_engine(self) -> None:
         self.engine.stop()
+        if self._spare_engine:
+            self._spare_engine.result().stop()
 
     def _end_sidecar(self) -> None:
         self.sidecar.stop()
@@ -132,6 +138,11 @@ class RealRig:
         assert self.sidecar.process.wait_exit(ASK_S)
         self.sidecar.stop()
 
+    def _start_spare_engine(self) -> None:
+        """For the next kill: a start takes long, and leaves a core idle."""
+        self._spare_engine = self._starting.submit(EngineProcess, self._config) if self._num_spares else None
+        self._num_spares = max(0, self._num_spares - 1)
+
     def kill_engine(self) -> None:
         """SIGKILL to all of its processes at once, as the kernel's OOM killer or a container's end does."""
         members = self.engine.process.session_members()
@@ -149,11 +160,15 @@ class RealRig:
             for file in SHARED_MEMORY.glob(f"sgl_shm_*_{pid}_*"):
                 file.unlink(missing_ok=True)
 
-    def restart_engine(self) -> None:
-        """Another life on the same port, and the sidecar knows it."""
-        self.engine = EngineProcess(self._config)
+    def replace_engine(self) -> None:
+        """Another server, which the sidecar takes for another life of the one that it knows."""
+        assert self._spare_engine is not None
+        self.engine = self._spare_engine.result()
+        self._start_spare_engine()
+        self.http = EngineHttp(self.engine.url)
+        self.traffic.url = self.engine.url
         self._learn_checkpoint()
-        self.proxy.revive()
+        self.proxy.revive(self.engine.url)
         wait_until(lambda: self.state() == "UNSYNCED", "the restart to be seen")
 
     # Asking.

@@ -182,14 +182,11 @@ class Rig:
 
     # What must hold between two cells.
 
-    def check_healthy(self, untold_memory: int = 0) -> None:
-        """READY, generating with the last version and nothing else, no memory held, no file or thread too many.
-
-        ``untold_memory``: pieces that a rank may have to take back although no outcome says that they are free.
-        """
+    def check_healthy(self) -> None:
+        """READY, generating with the last version and nothing else, no memory held, no file or thread too many."""
         self._check_serving()
         self.traffic.check({version: content.tokens_of(loaded) for version, loaded in self._complete.items()})
-        self._check_memory(untold_memory)
+        self._check_memory()
         self._check_size()
         log = self._log.read_text()
         assert "a defect in the sidecar" not in log
@@ -203,12 +200,11 @@ class Rig:
         assert self.engine.loaded == self.loaded_by(self.version)
         self.traffic.wait_for(self.version)
 
-    def _check_memory(self, untold: int) -> None:
-        settled = [rank.settle() for rank in self.ranks]
-        for rank, memory in zip(self.ranks, settled, strict=True):
-            assert set(memory["counts"]) == {1}, f"rank {rank.rank}: memory is held: {memory}"
+    def _check_memory(self) -> None:
+        for rank in self.ranks:
+            counts = rank.settle()
+            assert counts == [1] * len(counts), f"rank {rank.rank}: memory is held: {counts}"
             rank.tell("forget")
-        assert sum(memory["untold"] for memory in settled) <= untold, f"nothing tells that memory is free: {settled}"
 
     def _check_size(self) -> None:
         """File descriptors and threads of the sidecar do not grow over its life."""

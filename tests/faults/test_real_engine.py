@@ -18,6 +18,9 @@ from tests.faults.torch_rank import RealJob
 pytestmark = [pytest.mark.e2e, pytest.mark.faults, pytest.mark.timeout(300)]
 
 TP2, TP1 = "tp2", "tp1"
+ENGINE_PHASES = [when for when in When if when is not When.COLLECT]
+"""While ranks arrive the engine has no part in an update."""
+NUM_KILLS = len(ENGINE_PHASES) + 1
 NOTICE_S = 0.5
 NO_HANG_S = 30.0
 EXPECTED = {
@@ -44,8 +47,9 @@ OUTCOMES = {
 
 @pytest.fixture(scope="module", params=[TP2, TP1])
 def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealRig]:
-    tp_size = 2 if request.param == TP2 else 1
-    with closing(RealRig(tmp_path_factory.mktemp(request.param), tp_size)) as rig:
+    folder = tmp_path_factory.mktemp(request.param)
+    made = RealRig(folder, tp_size=2) if request.param == TP2 else RealRig(folder, tp_size=1, num_kills=NUM_KILLS)
+    with closing(made) as rig:
         yield rig
 
 
@@ -82,13 +86,13 @@ def test_a_sidecar_is_killed(rig: RealRig, when: When) -> None:
 
 
 @on(TP1)
-@pytest.mark.parametrize("when", [when for when in When if when is not When.COLLECT], ids=str)
+@pytest.mark.parametrize("when", ENGINE_PHASES, ids=str)
 def test_an_engine_is_killed(rig: RealRig, when: When) -> None:
     job = reach(rig, when)
     rig.kill_engine()
     on_its_way = When.LOAD_FIRST if when is When.BETWEEN else when  # here an answer is, where the rig has nothing
     check(rig, EXPECTED[Who.ENGINE, on_its_way], job, rig.ranks)
-    rig.restart_engine()
+    rig.replace_engine()
     heal(rig)
 
 
@@ -104,7 +108,7 @@ def test_an_engine_dies_of_memory_that_has_gone_with_its_owner_before_it_was_ope
     rig.proxy.release()
     assert rig.engine.process.wait_exit(60.0)
     rig.bury_engine(members)
-    rig.restart_engine()
+    rig.replace_engine()
     heal(rig)
 
 

@@ -32,10 +32,11 @@ class Answer:
 
 
 class Traffic:
-    """One client of the engine at ``url``, on a thread of its own."""
+    """One client of one engine, on a thread of its own."""
 
     def __init__(self, url: str, prompt: Sequence[int], num_tokens: int) -> None:
-        self._url = f"{url}/generate"
+        self.url = url
+        """Of the engine; another one's from the next request on."""
         sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
         self._body = {"input_ids": list(prompt), "sampling_params": sampling}
         self._ended = threading.Event()
@@ -81,7 +82,7 @@ class Traffic:
 
     def _ask(self, session: requests.Session) -> None:
         try:
-            reply = session.post(self._url, json=self._body, timeout=PATIENCE_S)
+            reply = session.post(f"{self.url}/generate", json=self._body, timeout=PATIENCE_S)
         except requests.RequestException:  # it died, or is not up again yet
             return
         if not reply.ok:

@@ -6,8 +6,7 @@ Invariant: a rig that ``heal`` returns from is as ``Rig`` describes it between t
 import time
 
 from sidecar.v1 import weight_sync_pb2 as pb
-from tests.faults import content
-from tests.faults.matrix import Cell, Ending, Expected, Visible, What, When, Who
+from tests.faults.matrix import Cell, Ending, Expected, Visible
 from tests.faults.rig import Rig, wait_until
 from tests.faults.scene import Seen
 
@@ -74,6 +73,4 @@ def heal(rig: Rig, cell: Cell, expected: Expected) -> None:
     if str(cell) in FROM_DISK:
         rig.update_from_disk()
     rig.update()
-    # The engine never had this memory, and the sidecar cannot tell that: only a later update shows it to be free.
-    unknown = cell.who is Who.ENGINE and cell.what is What.CUT and cell.when in (When.LOAD_FIRST, When.LOAD_LAST)
-    rig.check_healthy(untold_memory=content.TP_SIZE if unknown else 0)
+    rig.check_healthy()

@@ -163,11 +163,12 @@ def test_a_bucket_that_carries_its_version_is_verified_before_that_is_served_or_
         request = pair.request(update_id, tp_size=1)
         request.handles[0].CopyFrom(pb.MemoryHandle(cuda_ipc=CUDA))
         request.handles[0].cuda_ipc.memory_handle = b"\x01c" + content * 64  # stands for the content
+        request.handles[0].cuda_ipc.ref_counter_handle = "/torch_verified"
         request.update.verify, request.update.content_digest = True, content.decode()
         request.update.pause_mode = pb.PAUSE_MODE_NONE
         return pair.send(request)
 
-    with counters(CUDA.ref_counter_handle[1:]):
+    with counters("torch_verified"):
         for update_id, content in (("1", b"a"), ("2", b"b")):
             if (answer := on_gpu(update_id, content)).exception(ANSWER_S) is not None:
                 assert refusal(answer).reason == "PAUSE_MODE_UNSUITABLE"  # such a combination may as well be refused

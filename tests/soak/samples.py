@@ -81,6 +81,12 @@ def torch_files(pids: Iterable[int]) -> list[Path]:
     return sorted(path for pid in pids for path in SHM.glob(f"torch_{pid}_*"))
 
 
+def mapped_files(pids: Iterable[int]) -> list[Path]:
+    """SGLang's own files in /dev/shm, as its processes have them mapped."""
+    maps = (line.split() for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+    return sorted({Path(fields[5]) for fields in maps if len(fields) > 5 and fields[5].startswith(f"{SHM}/sgl")})
+
+
 def engine_roles(engine_pid: int) -> dict[str, int]:
     """The server's processes by what they do."""
     roles = {"engine": engine_pid}

@@ -26,7 +26,7 @@ from tests.soak.content import Content, named_tensors
 from tests.soak.log import SoakLog
 from tests.soak.prediction import ABORTED, AT_FIRST, COMMITTED, DIRTY, FAILED, content_digest
 from tests.soak.ranks import SoakRank
-from tests.soak.samples import engine_roles, torch_files
+from tests.soak.samples import engine_roles, mapped_files, torch_files
 
 TP_SIZE = 2
 # How long the sidecar waits for a rank that is stopped; long enough for a rank that only has no core to run on.
@@ -54,6 +54,7 @@ class World:
         self.dead_rank_pids: list[int] = []
         self._lives_met = [0] * TP_SIZE
         self._killed_at: float | None = None
+        self._left_behind: list[Path] = []
         self._config = self._engine_config()
 
     def _engine_config(self) -> EngineConfig:
@@ -175,6 +176,7 @@ class World:
     def kill_engine(self) -> None:
         """As the kernel does when memory runs out; the requests in flight go with it."""
         self._killed_at = time.monotonic()
+        self._left_behind = mapped_files(self.engine.process.session_members())
         self.served.outages.append((self._killed_at, float("inf")))
         self.signal_engine(signal.SIGKILL)
 
@@ -183,6 +185,7 @@ class World:
         if self._killed_at is None:
             return
         self.engine.stop()
+        self._remove_what_it_left()
         self.engine = EngineProcess(self._config)
         self._lives_met = [1] * TP_SIZE
         # A request that was refused at the last moment may be noted down a little later.
@@ -195,6 +198,11 @@ class World:
         )
         self.log.write("engine", step=step, version=version, state=self.state)
         self.wait_for_helpers()
+
+    def _remove_what_it_left(self) -> None:
+        """25 MB of SGLang's own, which nobody else removes once all its processes were killed."""
+        for path in self._left_behind:
+            path.unlink(missing_ok=True)
 
     def wait_for_helpers(self) -> None:
         """Torch's helper removes what a killed trainer left, once no server is connected to it any more."""
