@@ -171,6 +171,18 @@ def test_requests_that_somebody_froze_are_not_waited_for_by_an_abort_that_could_
     assert pair.bodies(PAUSE) == [{"mode": "retract"}]
 
 
+def test_a_pause_that_the_sidecar_has_not_seen_yet_is_looked_for_before_an_abort(pair: Pair) -> None:
+    pair.engine.running_requests = 1
+    requests_of_ranks = [pair.request("aborts at once", rank) for rank in range(2)]
+    for request in requests_of_ranks:
+        request.update.pause_mode = pb.PAUSE_MODE_ABORT
+    by_hand(pair, PAUSE, "in_place")
+    pair.mark()
+    for answer in [pair.send(request) for request in requests_of_ranks]:
+        assert answer.result(ANSWER_S).outcome.state == pb.UPDATE_STATE_COMMITTED
+    assert pair.bodies(PAUSE) == [{"mode": "retract"}]
+
+
 def test_readiness_follows_an_engine_that_starts_up(start: StartPair) -> None:
     """It answers /model_info before it is warm, and /ready says 503 until then."""
     pair = start()

@@ -155,27 +155,36 @@ def test_replicas_that_answer_for_the_same_ranks_are_no_more_ranks(start: StartP
     assert verified(pair, "2", b"aa", digest="A").verification == PROVEN
 
 
-def test_a_bucket_that_carries_its_version_is_verified_before_that_is_served_or_not_at_all(start: StartPair) -> None:
-    """Without a pause, on a release without sessions; with a GPU, which computes checksums on every release."""
-    pair = start(release=NO_SESSIONS, tp_size=1, device="cuda")
+def on_gpu(pair: Pair, update_id: str, content: bytes) -> pb.UpdateWeightsRequest:
+    """One rank's, from the memory of a GPU, which computes checksums on every release."""
+    request = pair.request(update_id, tp_size=1)
+    request.handles[0].CopyFrom(pb.MemoryHandle(cuda_ipc=CUDA))
+    request.handles[0].cuda_ipc.memory_handle = b"\x01c" + content * 64  # stands for the content
+    request.handles[0].cuda_ipc.ref_counter_handle = "/torch_verified"
+    request.update.verify, request.update.content_digest = True, content.decode()
+    return request
 
-    def on_gpu(update_id: str, content: bytes) -> grpc.Future[pb.UpdateWeightsResponse]:
-        request = pair.request(update_id, tp_size=1)
-        request.handles[0].CopyFrom(pb.MemoryHandle(cuda_ipc=CUDA))
-        request.handles[0].cuda_ipc.memory_handle = b"\x01c" + content * 64  # stands for the content
-        request.handles[0].cuda_ipc.ref_counter_handle = "/torch_verified"
-        request.update.verify, request.update.content_digest = True, content.decode()
-        request.update.pause_mode = pb.PAUSE_MODE_NONE
-        return pair.send(request)
 
+@pytest.mark.parametrize("release", [SESSIONS, NO_SESSIONS, "0.5.15.post1"])
+def test_every_release_with_a_gpu_can_prove_its_content(start: StartPair, release: str) -> None:
+    """Where a rank is said to be is a list on 0.5.23, and one place on 0.5.20 and before."""
+    pair = start(release=release, tp_size=1, device="cuda")
     with counters("torch_verified"):
-        for update_id, content in (("1", b"a"), ("2", b"b")):
-            if (answer := on_gpu(update_id, content)).exception(ANSWER_S) is not None:
-                assert refusal(answer).reason == "PAUSE_MODE_UNSUITABLE"  # such a combination may as well be refused
-                return
-        pair.engine.fault(LOAD, Fault.SKIP_HALF)
-        assert refusal(on_gpu("3", b"a")).details["cause"] == "CHECKSUMS_DIFFER"
-    assert pair.engine.weight_version == "version of 2"
+        seen = [
+            pair.send(on_gpu(pair, str(number), content)).result(ANSWER_S).outcome.verification
+            for number, content in enumerate((b"a", b"b", b"a"))
+        ]
+    assert seen == [CONSISTENT, CONSISTENT, PROVEN]
+
+
+def test_a_bucket_that_carries_its_version_cannot_be_verified_before_that_is_served(start: StartPair) -> None:
+    pair = start(release=NO_SESSIONS, tp_size=1, device="cuda")
+    with counters("torch_verified"):
+        request = on_gpu(pair, "unpaused", b"a")
+        request.update.pause_mode = pb.PAUSE_MODE_NONE
+        refused = refusal(pair.send(request))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PAUSE_MODE_UNSUITABLE")
+    pair.assert_untouched()
 
 
 def test_ranks_that_ask_for_different_proofs_differ(pair: Pair) -> None:
