@@ -342,8 +342,8 @@ class Coordinator:
         self.changed()
 
     async def _apply(self, update: Update) -> None:
-        self._served.touching(update, writing=False)
         try:
+            self._served.touching(update, writing=False)
             await self._applier.apply(update, self._payloads, dirty=self._served.dirty is not None)
         except Exception as bug:  # the edge of a task that nobody awaits: it must not vanish
             logger.exception("update %s: a defect in the sidecar", update.id)

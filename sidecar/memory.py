@@ -22,6 +22,7 @@ SHM_HEADER_BYTES = 64
 EVENT_HANDLE_BYTES = 64
 COUNTER_BYTES = 8
 SHARED_COUNT_BYTES = 4
+WITH_THE_ENGINES_SHARE = 2
 STORAGE_ALIGNMENT = 16  # torch's allocator cuts blocks at multiples of 512
 EXPANDABLE_HEADER_BYTES = 26
 CUDA_HANDLE_BYTES = 64
@@ -90,9 +91,10 @@ def _number(name: str, position: int, length: int) -> int | None:
     try:
         with (SHM_DIRECTORY / name[1:]).open("rb") as file:
             file.seek(position)
-            return int.from_bytes(file.read(length), "little")
+            found = file.read(length)
     except OSError:
         return None
+    return int.from_bytes(found, "little") if len(found) == length else None
 
 
 def _check_cuda(memory: CudaIpcMemory, where: str) -> None:
@@ -142,6 +144,10 @@ def _check_shared(memory: SharedMemory, where: str) -> None:
     length = _length_of(memory.name, "shared memory", where)
     if length < memory.size_bytes + SHM_HEADER_BYTES:
         raise _invalid(where, f"shared memory {memory.name} has {length} bytes, too few for {memory.size_bytes}")
+    count = _number(memory.name, 0, SHARED_COUNT_BYTES)
+    if count is None or count < WITH_THE_ENGINES_SHARE:
+        problem = f"the count of shared memory {memory.name} is {count}, without a share for the engine, which would "
+        raise _invalid(where, problem + "remove the file: call _shared_incref once before each send")
     if not _is_socket(memory.manager_path):
         problem = f"cannot see torch_shm_manager's socket {memory.manager_path[:128]!r}"
         raise _invalid(where, f"{problem}; trainer and engine must share the temporary directory")

@@ -30,8 +30,8 @@ from tests.faults.traffic import Traffic
 from tests.faults.wires import Wire
 
 ASK_S = 20.0
-SPARE_FDS, SPARE_THREADS = 4, 2
-"""What gRPC may open and close as it likes."""
+SPARE_FDS, SPARE_THREADS = 8, 8
+"""What gRPC and asyncio's pool may open as they need it, up to bounds of their own; a cell that leaks one shows."""
 
 
 class Rig:

@@ -33,7 +33,7 @@ QUIET = (When.COLLECT, When.BETWEEN)
 KILLS = {When.LOAD_FIRST: Fault.HALF_LOAD, When.LOAD_LAST: Fault.HALF_LOAD, When.RESUME: Fault.DIE_AFTER}
 """Where a SIGKILL hits the engine in the middle of something, or after it; elsewhere before."""
 PATIENCE_S = 20.0
-SHORT_S = 1.2
+SHORT_S = 1.8
 """A deadline that a cell waits out."""
 SLOW_S = 0.4
 """Less than every deadline."""

@@ -13,7 +13,7 @@ from tests.faults.rig import Rig
 from tests.faults.scene import PATHS, QUIET, play
 
 SESSIONS, NO_SESSIONS = "0.5.23", "0.5.20"
-WAITS_S = {"collect": 2.5, "bucket": 2.5}
+WAITS_S = {"collect": 3.0, "bucket": 3.5}
 CALLS_S = {name: 3.0 for name in Timeouts.__dataclass_fields__ if name not in WAITS_S}
 PATIENT = WAITS_S | CALLS_S
 IMPATIENT = WAITS_S | dict.fromkeys(CALLS_S, 0.6)

@@ -5,6 +5,8 @@ A sidecar that has verified an update holds later manifests against it, so each 
 
 from __future__ import annotations
 
+import os
+
 import grpc
 import pytest
 
@@ -25,6 +27,7 @@ from tests.integration.support import (
 from tests.integration.test_bad_input import CUDA
 
 CHECKER, PUBLISH = "/weights_checker", "/update_weight_version"
+COUNTERS = f"torch_verified_{os.getpid()}"
 CONSISTENT, PROVEN = pb.VERIFICATION_CONSISTENT, pb.VERIFICATION_PROVEN
 
 
@@ -160,7 +163,7 @@ def on_gpu(pair: Pair, update_id: str, content: bytes) -> pb.UpdateWeightsReques
     request = pair.request(update_id, tp_size=1)
     request.handles[0].CopyFrom(pb.MemoryHandle(cuda_ipc=CUDA))
     request.handles[0].cuda_ipc.memory_handle = b"\x01c" + content * 64  # stands for the content
-    request.handles[0].cuda_ipc.ref_counter_handle = "/torch_verified"
+    request.handles[0].cuda_ipc.ref_counter_handle = f"/{COUNTERS}"
     request.update.verify, request.update.content_digest = True, content.decode()
     return request
 
@@ -169,7 +172,7 @@ def on_gpu(pair: Pair, update_id: str, content: bytes) -> pb.UpdateWeightsReques
 def test_every_release_with_a_gpu_can_prove_its_content(start: StartPair, release: str) -> None:
     """Where a rank is said to be is a list on 0.5.23, and one place on 0.5.20 and before."""
     pair = start(release=release, tp_size=1, device="cuda")
-    with counters("torch_verified"):
+    with counters(COUNTERS):
         seen = [
             pair.send(on_gpu(pair, str(number), content)).result(ANSWER_S).outcome.verification
             for number, content in enumerate((b"a", b"b", b"a"))
@@ -179,7 +182,7 @@ def test_every_release_with_a_gpu_can_prove_its_content(start: StartPair, releas
 
 def test_a_bucket_that_carries_its_version_cannot_be_verified_before_that_is_served(start: StartPair) -> None:
     pair = start(release=NO_SESSIONS, tp_size=1, device="cuda")
-    with counters("torch_verified"):
+    with counters(COUNTERS):
         request = on_gpu(pair, "unpaused", b"a")
         request.update.pause_mode = pb.PAUSE_MODE_NONE
         refused = refusal(pair.send(request))
