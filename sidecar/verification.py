@@ -21,7 +21,7 @@ Checksums = Sequence[dict[str, str]]
 
 
 class Verifier:
-    """What was verified so far."""
+    """What was verified so far, in this life of the engine."""
 
     def __init__(self, kept: int = KEPT_CONTENTS) -> None:
         self._kept = kept
@@ -29,9 +29,16 @@ class Verifier:
         self._equal_digests: defaultdict[str, set[str]] = defaultdict(set)
         """By name: up to two digests that were equal on all ranks."""
         self._ever_unequal: set[str] = set()
+        self._epoch = 0
+        """The engine's life that all this was learned in."""
 
     def check(self, update: Update, ranks: Checksums) -> Verification:
         """The verdict on what the engine holds after ``update``; raises ``ChecksumsDiffer``."""
+        if update.epoch != self._epoch:  # another server may have laid its tensors out in another way
+            self._by_content.clear()
+            self._equal_digests.clear()
+            self._ever_unequal.clear()
+            self._epoch = update.epoch
         self._check_names(update, ranks)
         self._check_whole_tensors(update, ranks)
         before = self._by_content.get(_content(update))

@@ -85,6 +85,8 @@ class SGLangEngine(EngineLife):
             case PauseMode.DRAIN:
                 await self._pause_idle(limit_s, patience_s=limit_s)
             case _:
+                if mode is PauseMode.ABORT:
+                    await self._look_whether_held()  # what is known may be a second old
                 await self._pause(mode, limit_s)
 
     async def hold(self) -> None:
@@ -339,7 +341,8 @@ class SGLangEngine(EngineLife):
 
 
 def _tp_rank(rank: dict[str, Any], place: int) -> int:
-    """Which TP rank's checksums these are: said by every release that computes them, else their place."""
-    for said in rank.get("parallelism_info") or ():
-        return int(said["tp_rank"])
-    return place
+    """Which TP rank's checksums these are: by a list (0.5.23) or one place (0.5.20 and before), else their place."""
+    said = rank.get("parallelism_info") or {}
+    if isinstance(said, list):
+        said = said[0]
+    return int(said.get("tp_rank", place))
