@@ -169,7 +169,7 @@ def test_a_hold_whose_deadline_passes_while_the_sidecar_is_slow_is_no_death_eith
     """Then the deadline is seen as a call that was cut before the answer to it was on its way."""
     pair = start()
     pair.begin("slow")
-    held = hold(pair, "slow", 0, timeout_s=1.0)
+    held = hold(pair, "slow", 0, timeout_s=4.0)
     os.kill(pair.process.pid, signal.SIGSTOP)
     try:
         assert failed_call(held).code() is grpc.StatusCode.DEADLINE_EXCEEDED
