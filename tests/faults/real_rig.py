@@ -13,9 +13,11 @@ import signal
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from http import HTTPStatus
 from pathlib import Path
 
 import grpc
+import requests
 
 from adapter.demo import tiny_model
 from adapter.demo.cpu_engine import cpu_engine
@@ -184,6 +186,13 @@ class RealRig:
         """How an update ended."""
         outcome = self._rpc.GetUpdate(pb.GetUpdateRequest(update_id=update_id), timeout=ASK_S).outcome
         return pb.UpdateState.Name(outcome.state).removeprefix("UPDATE_STATE_")
+
+    def is_held(self) -> bool:
+        """Whether the engine takes no requests."""
+        with requests.Session() as session:
+            session.trust_env = False
+            answer = session.get(f"{self.engine.url}/ready", timeout=ASK_S)
+        return answer.status_code == HTTPStatus.SERVICE_UNAVAILABLE
 
     def _ask(self) -> list[int]:
         return self.http.generate(content.PROMPT, content.NUM_TOKENS)

@@ -22,6 +22,8 @@ ENGINE_PHASES = [when for when in When if when is not When.COLLECT]
 """While ranks arrive the engine has no part in an update."""
 NUM_KILLS = len(ENGINE_PHASES) + 1
 NOTICE_S = 0.5
+UNDER_WAY_S = 0.3
+"""For an answer that was given just before generation was held."""
 NO_HANG_S = 30.0
 EXPECTED = {
     (cell.who, cell.when): cell.expected
@@ -152,11 +154,12 @@ def check(rig: RealRig, expected: Expected, job: RealJob, callers: list[RankProc
     wait_until(lambda: rig.state() in expected.state.split("|"), f"state {expected.state}")
     if expected.ending in OUTCOMES:
         assert rig.outcome(job.version) == OUTCOMES[expected.ending]
-    ended = time.monotonic()
-    time.sleep(NOTICE_S)
-    answers = rig.traffic.answers(ended)
     if expected.paused:
-        assert answers == []
+        wait_until(rig.is_held, "generation to be held")
+        time.sleep(UNDER_WAY_S)
+        held_since = time.monotonic()
+        time.sleep(NOTICE_S)
+        assert rig.traffic.answers(held_since) == []
     elif expected.ending is Ending.COMMITTED:
         rig.traffic.wait_for(job.version)
 
