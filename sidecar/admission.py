@@ -11,7 +11,7 @@ from sidecar.engine.info import EngineInfo
 from sidecar.errors import InvalidRequest, Reason, UnsuitableEngine
 from sidecar.manifest import Manifest
 from sidecar.manifest_check import Report
-from sidecar.memory import CudaIpcMemory, Memory
+from sidecar.memory import CudaIpcMemory, Memory, Placement
 from sidecar.update import Delivery, Header, PauseMode, Selector
 
 
@@ -22,6 +22,8 @@ def check_suits_engine(header: Header, info: EngineInfo, num_buckets: int) -> No
         raise refusals.cannot_go_unpaused(header, info.version, num_buckets)
     if unpaused and header.verify:
         raise refusals.cannot_verify_unpaused(header)
+    if header.keep_cache and not unpaused and header.pause_mode in (PauseMode.DRAIN, PauseMode.NONE):
+        raise refusals.cannot_keep_cache(header)
     if header.selector in (Selector.TARGET, Selector.DRAFT) and not info.dialect.has_selector:
         raise refusals.selector_unsuitable(header, f"SGLang {info.version} cannot choose between models; leave it out")
     if header.selector is Selector.DRAFT and not info.speculative:
@@ -56,12 +58,14 @@ def check_every_bucket_has_memory(handles: Mapping[int, Memory], manifest: Manif
         raise InvalidRequest(Reason.INVALID_HANDLE, message, rank=rank)
 
 
-def check_handles(handles: Mapping[int, Memory], manifest: Manifest, rank: int, device: str) -> None:
-    """Every handle is well formed, large enough, and of a kind that the engine can open."""
+def check_handles(handles: Mapping[int, Memory], manifest: Manifest, rank: int, placement: Placement) -> None:
+    """Every handle is well formed, large enough, and something that the engine's rank can open where it runs."""
     for bucket, memory in handles.items():
         where = f"rank {rank}, bucket {bucket}"
-        _check_kind(memory, device, where)
-        memories.check(memory, manifest.buckets[bucket].size_bytes, where)
+        _check_kind(memory, placement.device, where)
+        memories.check(memory, manifest.buckets[bucket].size_bytes, where, here=placement.is_here(rank))
+        if isinstance(memory, CudaIpcMemory):
+            _check_gpu(memory.device_uuid, rank, placement, where)
 
 
 def check_own_memory(handles: Mapping[int, Memory], rank: int, others: Mapping[int, Delivery]) -> None:
@@ -89,3 +93,13 @@ def _check_kind(memory: Memory, device: str, where: str) -> None:
     if device != needed:
         message = f"{where}: {kind} cannot be loaded by an engine on {device}; send memory of that device"
         raise UnsuitableEngine(Reason.MEMORY_KIND_MISMATCH, message, where=where, device=device)
+
+
+def _check_gpu(sent_from: str, rank: int, placement: Placement, where: str) -> None:
+    """The engine dies of memory on a GPU that it does not see, and copies across from one that is not its rank's."""
+    expected = placement.gpu_of(rank)
+    if expected and sent_from != expected:
+        raise refusals.another_gpu(sent_from, expected, rank, where)
+    if not expected and placement.is_here(rank) and placement.host_gpus and sent_from not in placement.host_gpus:
+        message = f"{where}: GPU {sent_from!r} is not on this host; it has {', '.join(sorted(placement.host_gpus))}"
+        raise InvalidRequest(Reason.INVALID_HANDLE, message, where=where)

@@ -1,8 +1,8 @@
 """The sequence that loads a collected update into the engine, and what is done when it breaks off.
 
-    pause -> begin -> one POST per bucket -> end -> flush -> (verify) -> publish -> resume        committed
-      |        |                |             |       |          |          |          |
-      |        +-- nothing posted yet: end, resume -> aborted     +----------+----------+-> failed, generation held
+    pause -> begin -> one POST per bucket -> end -> (flush) -> (verify) -> publish -> resume      committed
+      |        |                |             |        |           |          |         |
+      |        +-- nothing posted yet: end, resume -> aborted      +----------+---------+-> failed, generation held
       +-- resume -> aborted
 
 A disk update has one POST of another kind in the middle, and no session. An answer that was lost is looked into
@@ -44,6 +44,10 @@ NOT_FLUSHED = "requests in flight kept the prefix cache from being flushed: late
 
 class Engine(fate.Engine, Protocol):
     """What applying needs of an engine; each call is bounded and raises ``EngineError``."""
+
+    @property
+    def epoch(self) -> int:
+        """Counts its lives; 0 until it was seen."""
 
     @property
     def uses_sessions(self) -> bool:
@@ -194,10 +198,8 @@ class Applier:
                 raise
 
     async def _make_visible(self, update: Update) -> None:
-        async with self._phase(update, Phase.FLUSH):
-            update.cache_flushed = await self._engine.flush(FLUSH_PATIENCE_S)
-        if not update.cache_flushed:
-            update.notes.append(NOT_FLUSHED)
+        if not update.header.keep_cache:
+            await self._flush(update)
         if update.header.verify:
             async with self._phase(update, Phase.VERIFY):
                 await self._verify(update)
@@ -206,6 +208,12 @@ class Applier:
                 await self._engine.publish(update.header.weight_version)
         async with self._phase(update, Phase.RESUME):
             await self._engine.resume()
+
+    async def _flush(self, update: Update) -> None:
+        async with self._phase(update, Phase.FLUSH):
+            update.cache_flushed = await self._engine.flush(FLUSH_PATIENCE_S)
+        if not update.cache_flushed:
+            update.notes.append(NOT_FLUSHED)
 
     async def _verify(self, update: Update) -> None:
         """Before publishing, while generation is still held: a version that is wrong is never served."""

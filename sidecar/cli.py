@@ -67,7 +67,19 @@ def _parser() -> argparse.ArgumentParser:
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     defaults = Timeouts()
     parser.add_argument("--engine-url", required=True, help="the SGLang server, such as http://127.0.0.1:30000")
-    parser.add_argument("--listen", required=True, help="unix:/path.sock, or host:port on loopback (port 0: any)")
+    parser.add_argument("--listen", required=True, help="unix:/path.sock, or host:port (port 0: any)")
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="let --listen be an address that other hosts reach: there is no TLS, and whoever reaches it may change "
+        "the weights",
+    )
+    parser.add_argument(
+        "--gpu-uuids",
+        default="",
+        metavar="GPU-a,GPU-b,...",
+        help="the engine's GPUs, one per TP rank (default: found out where this host shows them)",
+    )
     parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for the update in hand at SIGTERM")
     parser.add_argument(
         "--accept-checkpoint-weights",
@@ -116,10 +128,14 @@ def _leave_at_once() -> NoReturn:
 
 
 def _serve_config(options: argparse.Namespace) -> ServeConfig:
+    from sidecar.engine.gpus import parse_uuids
+
     phases = {name: getattr(options, f"{name}_timeout") for name in Timeouts.__dataclass_fields__}
     return ServeConfig(
         engine_url=options.engine_url,
         listen=parse_address(options.listen),
+        insecure=options.insecure,
+        gpu_uuids=parse_uuids(options.gpu_uuids),
         timeouts=Timeouts(**phases),
         accept_checkpoint=options.accept_checkpoint_weights,
         drain_s=options.drain_timeout,

@@ -69,6 +69,14 @@ class TcpAddress:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this host reaches it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
 
 Address = UnixAddress | TcpAddress
 
@@ -79,6 +87,10 @@ class ServeConfig:
 
     engine_url: str
     listen: Address
+    insecure: bool = False
+    """Whether it may listen where other hosts reach it, though nothing guards a TCP port."""
+    gpu_uuids: tuple[str, ...] = ()
+    """By TP rank of the engine, as torch prints them; empty: they are looked for."""
     timeouts: Timeouts = field(default_factory=Timeouts)
     accept_checkpoint: bool = False
     """Whether an engine that was restarted is ready with its checkpoint's weights."""
@@ -98,24 +110,30 @@ class ServeConfig:
         beside = Path(f"{self.listen.path}.journal") if isinstance(self.listen, UnixAddress) else None
         return self.journal_path or beside
 
+    @property
+    def is_exposed(self) -> bool:
+        """Whether other hosts may reach it."""
+        return isinstance(self.listen, TcpAddress) and not self.listen.is_loopback
+
     def __post_init__(self) -> None:
         parts = urlsplit(self.engine_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"--engine-url {self.engine_url!r} is not of the form http://host:port")
+        if self.is_exposed and not self.insecure:
+            problem = f"{str(self.listen)!r} is not a loopback address, and the sidecar has no TLS: use unix:/path.sock"
+            raise ValueError(f"{problem}, or say --insecure if every host that reaches it may change the weights")
         if self.journal_path is not None and not self.journal_path.parent.is_dir():
             raise ValueError(f"--journal {self.journal_path}: the folder does not exist; make it, for this user alone")
 
 
 def parse_address(text: str) -> Address:
-    """``unix:/path.sock`` or ``host:port`` -> an address. Only loopback hosts: nothing guards a TCP port yet."""
+    """``unix:/path.sock`` or ``host:port`` -> an address."""
     if text.startswith("unix:"):
         return UnixAddress(_checked_socket_path(text.removeprefix("unix:")))
     host, separator, port = text.rpartition(":")
     host = host.strip("[]")
     if not separator or not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{text!r} is neither unix:/path.sock nor host:port")
-    if not _is_loopback(host):
-        raise ValueError(f"{text!r} is not a loopback address, and the sidecar has no TLS: use unix:/path.sock")
     return TcpAddress(host, int(port))
 
 
@@ -127,10 +145,3 @@ def _checked_socket_path(path: str) -> Path:
     if not Path(path).parent.is_dir():
         raise ValueError(f"unix:{path}: the folder does not exist; make it, for this user alone")
     return Path(path)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

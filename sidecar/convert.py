@@ -15,7 +15,7 @@ from sidecar.engine.info import EngineInfo
 from sidecar.errors import InvalidRequest, Reason
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.manifest_check import Allowance, Report
-from sidecar.memory import CudaIpcMemory, Memory, SharedMemory
+from sidecar.memory import CudaIpcMemory, Memory, SharedMemory, bare_uuid
 from sidecar.update import Header, PauseMode, Selector, Update
 from sidecar.v1 import weight_sync_pb2 as pb
 
@@ -72,6 +72,7 @@ def header(message: pb.UpdateHeader) -> Header:
         verify=message.verify,
         content_digest=message.content_digest,
         allow=allowance(message.allow),
+        keep_cache=message.keep_cache,
     )
 
 
@@ -130,10 +131,10 @@ def memory(message: pb.MemoryHandle, rank: int, bucket: int) -> Memory:
     """One handle; raises ``InvalidRequest`` if it is of no kind that this protocol has."""
     match message.WhichOneof("kind"):
         case "cuda_ipc":
-            return _cuda_ipc(message.cuda_ipc)
+            return _cuda_ipc(message.cuda_ipc, message.loan)
         case "shared_memory":
             shared = message.shared_memory
-            return SharedMemory(shared.manager_path, shared.name, shared.size_bytes)
+            return SharedMemory(shared.manager_path, shared.name, shared.size_bytes, message.loan)
         case _:
             problem = (
                 f"rank {rank}, bucket {bucket}: the memory handle is of no kind that this sidecar ({__version__}) "
@@ -142,9 +143,9 @@ def memory(message: pb.MemoryHandle, rank: int, bucket: int) -> Memory:
             raise InvalidRequest(Reason.INVALID_HANDLE, problem, rank=rank, bucket=bucket)
 
 
-def _cuda_ipc(message: pb.CudaIpcHandle) -> CudaIpcMemory:
+def _cuda_ipc(message: pb.CudaIpcHandle, loan: int) -> CudaIpcMemory:
     return CudaIpcMemory(
-        device_uuid=message.device_uuid.removeprefix("GPU-"),
+        device_uuid=bare_uuid(message.device_uuid),
         memory_handle=message.memory_handle,
         size_bytes=message.storage_size_bytes,
         storage_offset_bytes=message.storage_offset_bytes,
@@ -152,6 +153,7 @@ def _cuda_ipc(message: pb.CudaIpcHandle) -> CudaIpcMemory:
         ref_counter_offset=message.ref_counter_offset,
         event_handle=message.event_handle,
         event_sync_required=message.event_sync_required,
+        loan=loan,
     )
 
 
@@ -204,4 +206,5 @@ def engine_info(info: EngineInfo, epoch: int) -> pb.EngineInfo:
         uses_sessions=info.dialect.uses_sessions,
         unsupported_reason=info.unsupported,
         epoch=epoch,
+        gpu_uuids=[uuid and f"GPU-{uuid}" for uuid in info.gpu_uuids],
     )

@@ -225,7 +225,7 @@ class Coordinator:
         report = await self._references.report(known, info.model_path, header.allow, header.selector)
         self._check_still(epoch, header.update_id)
         if not self._delivered_before(header, handles):  # memory that was read cannot be checked again
-            admission.check_handles(handles, known.manifest, header.rank, info.device)
+            admission.check_handles(handles, known.manifest, header.rank, info.placement)
         update = self._find_or_start(header, known, report, info)
         self._agree(update, header, known)
         if not update.state.ended:
@@ -263,6 +263,9 @@ class Coordinator:
         existing = self._updates.get(header.update_id)
         if existing and not existing.may_be_tried_again:
             return existing
+        if existing and existing.error and existing.concerns(header.rank, time.monotonic()):
+            existing.told.add(header.rank)
+            raise existing.error
         self._check_new(header, info, len(known.manifest.buckets))
         admission.check_report(report, header)
         update = self._new_update(header, info, known.manifest, known.digest)
@@ -289,7 +292,7 @@ class Coordinator:
         model_path: str | None = None,
     ) -> Update:
         now = time.monotonic()
-        return Update(header, manifest, digest, info.device, self._engine.epoch, started=now, model_path=model_path)
+        return Update(header, manifest, digest, info.placement, self._engine.epoch, started=now, model_path=model_path)
 
     def _start(self, update: Update, payloads: tuple[BucketPayload, ...]) -> None:
         self._current, self._payloads = update, payloads
@@ -326,7 +329,7 @@ class Coordinator:
 
     @staticmethod
     def _admit(update: Update, rank: int, handles: Mapping[int, Memory]) -> None:
-        admission.check_handles(handles, update.manifest, rank, update.device)
+        admission.check_handles(handles, update.manifest, rank, update.placement)
         admission.check_own_memory(handles, rank, update.deliveries)
 
     # From collecting to an end.
@@ -360,6 +363,7 @@ class Coordinator:
         self._ended(update)
 
     def _ended(self, update: Update) -> None:
+        update.ended_at = time.monotonic()
         self._current = self._applying = None
         self._payloads = ()
         self._served.ended(update)
@@ -460,7 +464,7 @@ class Coordinator:
             raise update.abort_request
         if bucket < update.num_buckets:  # delivered a while ago, perhaps: a handle that has gone kills the engine
             for rank, memory in enumerate(update.memories(bucket)):
-                admission.check_handles({bucket: memory}, update.manifest, rank, update.device)
+                admission.check_handles({bucket: memory}, update.manifest, rank, update.placement)
 
     def _caller_deadline(self, update: Update, seconds: float) -> None:
         """A caller's time is over: a collecting update is given up for all, an applied one goes on."""

@@ -19,10 +19,6 @@ LOOKS, LOOK_S = 8, 0.25
 class Engine(Protocol):
     """What can be asked."""
 
-    @property
-    def epoch(self) -> int:
-        """Counts its lives; 0 until it was seen."""
-
     async def settle(self, lost: EngineLost) -> None:
         """Return once the engine has dealt with the load whose answer was lost."""
 
@@ -53,8 +49,8 @@ async def was_loaded(engine: Engine, update: Update, bucket: int, weight_version
     """Whether a bucket, whose answer was ``lost``, is loaded on every rank.
 
     Once the engine has dealt with it, it is: an exception while loading kills the server, and a refusal leaves the
-    memory unopened. So a server that lives, and has let go of every rank's memory, has loaded all of it. Where the
-    bucket carried its version, that tells instead.
+    memory unopened. So a server that lives, and has let go of every rank's memory, has loaded all of it; of memory on
+    another host that cannot be told from here. Where the bucket carried its version, that tells instead.
     """
     try:
         await engine.settle(lost)
@@ -65,7 +61,18 @@ async def was_loaded(engine: Engine, update: Update, bucket: int, weight_version
         return False
     if weight_version is not None:
         return await _is_served(engine, update, weight_version)
-    return all(memory.let_go(handle) for handle in update.memories(bucket))
+    return _was_let_go(update, bucket)
+
+
+def _was_let_go(update: Update, bucket: int) -> bool:
+    """Whether every rank's memory was, as far as this host shows it; what it does not show is noted, if it matters."""
+    handles = dict(enumerate(update.memories(bucket)))
+    hidden = [r for r, handle in handles.items() if not (update.placement.is_here(r) or memory.is_seen(handle))]
+    held = [rank for rank, handle in handles.items() if rank not in hidden and not memory.let_go(handle)]
+    if hidden and not held:
+        note = f"the answer to the load of bucket {bucket} was lost; whether ranks {hidden} have loaded it cannot be "
+        update.notes.append(note + "told, since their memory is on another host")
+    return not held and not hidden
 
 
 async def _is_served(engine: Engine, update: Update, weight_version: str) -> bool:

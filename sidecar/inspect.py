@@ -45,6 +45,8 @@ def describe(status: pb.GetStatusResponse) -> str:
     if status.HasField("engine"):
         engine = status.engine
         lines.append(_line("engine", f"SGLang {engine.version}, tp_size {engine.tp_size}, {engine.device}"))
+        if engine.gpu_uuids:
+            lines.append(_line("gpus", ", ".join(uuid or "unknown" for uuid in engine.gpu_uuids)))
     lines.append(_line("serves", f"version {status.weight_version!r}" if status.weight_version else "no one version"))
     if status.HasField("current_update"):
         lines.append(_line("update", *_update(status.current_update)))
@@ -64,7 +66,7 @@ def _update(update: pb.UpdateOutcome) -> tuple[str, str]:
     for phase in update.phases:
         name = _name(pb.Phase.Name(phase.phase), "PHASE_")
         text += f"; {name} {phase.duration.ToMilliseconds()} ms"
-    return text, update.error or "; ".join(update.notes)
+    return text, "; ".join(filter(None, [update.error, *update.notes]))
 
 
 def _line(label: str, text: str, why: str = "") -> str:

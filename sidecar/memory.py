@@ -1,7 +1,8 @@
 """Where a rank's bytes are, for another process to open: one class per kind of memory, and every check of it.
 
 Invariant: a handle that ``check`` let pass will not make SGLang's scheduler raise for its form: an exception there
-kills the server. What only the engine can see (that a GPU is visible to it) is checked as far as this host shows it.
+kills the server. Memory opens on the host where it lies only, so what must exist is looked for on this host, and for
+ranks of other hosts (``Placement``) not at all, unless this host shows it too.
 
 Facts borrowed: torch's CUDA IPC handle is 64 bytes, or since 2.5 a version byte, a type byte ('c' for cudaMalloc,
 'e' for expandable segments) and the rest (c10/cuda/CUDACachingAllocator.cpp); its host shared memory is a file in
@@ -11,7 +12,6 @@ Facts borrowed: torch's CUDA IPC handle is 64 bytes, or since 2.5 a version byte
 import os
 import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from stat import S_ISREG
 
@@ -27,7 +27,6 @@ STORAGE_ALIGNMENT = 16  # torch's allocator cuts blocks at multiples of 512
 EXPANDABLE_HEADER_BYTES = 26
 CUDA_HANDLE_BYTES = 64
 CUDA_MALLOC, CUDA_EXPANDABLE_SEGMENT = ord("c"), ord("e")
-NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 GPU_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -44,6 +43,8 @@ class CudaIpcMemory:
     ref_counter_offset: int
     event_handle: bytes
     event_sync_required: bool
+    loan: int = 0
+    """Which hand-over of this memory it is: another number, other bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +54,69 @@ class SharedMemory:
     manager_path: str
     name: str
     size_bytes: int
+    loan: int = 0
+    """Which hand-over of this memory it is: another number, other bytes."""
 
 
 Memory = CudaIpcMemory | SharedMemory
 
 
-def check(memory: Memory, needed_bytes: int, where: str) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where the engine's TP ranks are, each of which opens the memory of the trainer's rank of the same number."""
+
+    device: str = "cpu"
+    """"cuda" or "cpu"."""
+    num_here: int | None = None
+    """Ranks below this are on this host, the others on other nodes; None: all are here."""
+    gpu_uuids: tuple[str, ...] = ()
+    """By rank, as torch prints them; empty, or an empty string, where that is not known."""
+    host_gpus: frozenset[str] = frozenset()
+    """UUIDs of this host's GPUs; empty where that is not known."""
+
+    def is_here(self, rank: int) -> bool:
+        """Whether that rank runs on this host, where its memory can be seen."""
+        return self.num_here is None or rank < self.num_here
+
+    def gpu_of(self, rank: int) -> str:
+        """The GPU that it runs on; empty where that is not known."""
+        return self.gpu_uuids[rank] if rank < len(self.gpu_uuids) else ""
+
+
+def bare_uuid(uuid: str) -> str:
+    """A GPU's UUID as torch prints it: without "GPU-", in lower case."""
+    return uuid.strip().lower().removeprefix("gpu-")
+
+
+def check(memory: Memory, needed_bytes: int, where: str, *, here: bool = True) -> None:
     """Raise ``InvalidRequest`` if this handle cannot hold ``needed_bytes`` or has a wrong form.
 
-    ``where`` begins the message, such as "rank 1, bucket 0".
+    ``where`` begins the message, such as "rank 1, bucket 0". ``here``: whether it must exist on this host; otherwise
+    what this host does not show is left out.
     """
     if memory.size_bytes < needed_bytes:
         raise _invalid(where, f"the memory handle spans {memory.size_bytes} bytes, the bucket needs {needed_bytes}")
     match memory:
         case CudaIpcMemory():
             _check_cuda(memory, where)
+            if here or is_seen(memory):
+                _check_counter(memory, where)
         case SharedMemory():
-            _check_shared(memory, where)
+            _check_name(memory.name, "shared memory", where)
+            if here or is_seen(memory):
+                _check_shared(memory, where)
+            if here:
+                _check_manager(memory, where)
+
+
+def is_seen(memory: Memory) -> bool:
+    """Whether this host shows the file that tells of this memory; no two files of torch's have one name by chance."""
+    name = _file_of(memory)
+    return _is_shared_memory_name(name) and os.access(SHM_DIRECTORY / name[1:], os.R_OK | os.W_OK)
+
+
+def _file_of(memory: Memory) -> str:
+    return memory.ref_counter_handle if isinstance(memory, CudaIpcMemory) else memory.name
 
 
 def let_go(memory: Memory) -> bool:
@@ -111,12 +158,9 @@ def _check_cuda(memory: CudaIpcMemory, where: str) -> None:
     ):
         problem = f"storage_offset_bytes {memory.storage_offset_bytes} and storage_size_bytes {memory.size_bytes} are "
         raise _invalid(where, problem + f"no place in memory; the offset must be a multiple of {STORAGE_ALIGNMENT}")
-    _check_counter(memory, where)
     if not GPU_UUID.fullmatch(memory.device_uuid):
         raise _invalid(where, f"device_uuid {memory.device_uuid[:64]!r} is not a GPU's UUID")
-    here = visible_gpu_uuids()
-    if here and memory.device_uuid not in here:
-        raise _invalid(where, f"GPU {memory.device_uuid!r} is not on this host; it has {', '.join(sorted(here))}")
+    _check_name(memory.ref_counter_handle, "reference counters", where)
 
 
 def _is_cuda_handle(handle: bytes) -> bool:
@@ -148,15 +192,21 @@ def _check_shared(memory: SharedMemory, where: str) -> None:
     if count is None or count < WITH_THE_ENGINES_SHARE:
         problem = f"the count of shared memory {memory.name} is {count}, without a share for the engine, which would "
         raise _invalid(where, problem + "remove the file: call _shared_incref once before each send")
+
+
+def _check_manager(memory: SharedMemory, where: str) -> None:
     if not _is_socket(memory.manager_path):
         problem = f"cannot see torch_shm_manager's socket {memory.manager_path[:128]!r}"
         raise _invalid(where, f"{problem}; trainer and engine must share the temporary directory")
 
 
-def _length_of(name: str, what: str, where: str) -> int:
-    """The length of a file in /dev/shm that this user, and so the engine, can open."""
+def _check_name(name: str, what: str, where: str) -> None:
     if not _is_shared_memory_name(name):
         raise _invalid(where, f"{what}: {name[:64]!r} is not of the form /name")
+
+
+def _length_of(name: str, what: str, where: str) -> int:
+    """The length of a file in /dev/shm that this user, and so the engine, can open."""
     file = SHM_DIRECTORY / name[1:]
     try:
         status = file.stat()
@@ -177,18 +227,6 @@ def _is_socket(path: str) -> bool:
 
 def _is_shared_memory_name(name: str) -> bool:
     return name.startswith("/") and "/" not in name[1:] and name[1:].strip(".") != "" and name.isprintable()
-
-
-@cache
-def visible_gpu_uuids() -> frozenset[str]:
-    """UUIDs of the GPUs that the NVIDIA driver shows on this host; empty where it shows none."""
-    uuids = set()
-    for information in NVIDIA_GPUS.glob("*/information"):
-        for line in information.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "GPU UUID":
-                uuids.add(value.strip().removeprefix("GPU-"))
-    return frozenset(uuids)
 
 
 def _invalid(where: str, problem: str) -> InvalidRequest:

@@ -173,6 +173,24 @@ def cannot_verify_unpaused(header: Header) -> UnsuitableEngine:
     return UnsuitableEngine(Reason.PAUSE_MODE_UNSUITABLE, message, rank=header.rank, updateId=header.update_id)
 
 
+def cannot_keep_cache(header: Header) -> UnsuitableEngine:
+    """A pause mode that finds out by a flush whether requests are running."""
+    message = f"rank {header.rank}: pause mode {header.pause_mode.value} sees by a flush that the engine is idle, so "
+    message += "the prefix cache cannot be kept; choose retract, in_place or abort, or leave keep_cache out"
+    return UnsuitableEngine(Reason.PAUSE_MODE_UNSUITABLE, message, rank=header.rank, updateId=header.update_id)
+
+
+def another_gpu(sent_from: str, expected: str, rank: int, where: str) -> UnsuitableEngine:
+    """Memory of a GPU that is not the engine rank's."""
+    message = (
+        f"{where}: the memory is on GPU-{sent_from}, but the engine's TP rank {rank} runs on GPU-{expected}; send "
+    )
+    message += f"rank {rank}'s weights from that GPU, or name the engine's with serve --gpu-uuids if that is wrong"
+    return UnsuitableEngine(
+        Reason.GPU_MISMATCH, message, rank=rank, gpu=f"GPU-{sent_from}", engineGpu=f"GPU-{expected}"
+    )
+
+
 def selector_unsuitable(header: Header, why: str) -> UnsuitableEngine:
     """Models that this engine does not have, or cannot tell apart."""
     selector = header.selector.value if header.selector else "unspecified"

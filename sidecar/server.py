@@ -38,7 +38,7 @@ class SidecarServer:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        self._engine = SGLangEngine(config.engine_url, config.timeouts)
+        self._engine = SGLangEngine(config.engine_url, config.timeouts, config.gpu_uuids)
         self._metrics = Metrics()
         self._coordinator = Coordinator(
             self._engine,
@@ -74,6 +74,8 @@ class SidecarServer:
 
     async def _startup(self) -> None:
         address: Address = listen(self._server, self._config.listen)
+        if self._config.is_exposed:
+            logger.warning("%s has no TLS (--insecure): every host that reaches it may change the weights", address)
         await self._health.set_ready(False)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)

@@ -22,9 +22,11 @@ from math import inf
 from sidecar.errors import InvalidRequest, RankAlreadyDelivered, Reason, SyncError, UnsuitableEngine, UpdateConflict
 from sidecar.manifest import Manifest, first_difference
 from sidecar.manifest_check import Allowance
-from sidecar.memory import Memory
+from sidecar.memory import Memory, Placement
 
 MAX_TEXT = 128
+LATE_S = 30.0
+"""A rank that comes so soon after its peers' attempt was aborted, for the first time, was meant to be part of it."""
 
 
 class UpdateState(IntEnum):
@@ -99,6 +101,8 @@ class Header:
     verify: bool = False
     content_digest: str = ""
     allow: Allowance = field(default_factory=Allowance)
+    keep_cache: bool = False
+    """Whether the prefix cache is left as it is."""
 
     def check(self, engine_tp_size: int) -> None:
         """Raise if this cannot be an update of an engine with ``engine_tp_size`` TP ranks."""
@@ -143,8 +147,8 @@ class Update:
     """The first rank's."""
     manifest: Manifest
     digest: str
-    device: str = "cpu"
-    """The engine's, when the update began: the kind of memory that every rank must send."""
+    placement: Placement = Placement()  # noqa: RUF009 - frozen
+    """Where the engine's ranks were when the update began: what memory each of them can open."""
     epoch: int = 0
     """The life of the engine that it is for."""
     model_path: str | None = None
@@ -168,6 +172,10 @@ class Update:
     """What a person should know of it, in sentences."""
     phase: Phase = Phase.COLLECT
     phase_seconds: dict[Phase, float] = field(default_factory=dict)
+    ended_at: float = inf
+    """On the coordinator's clock."""
+    told: set[int] = field(default_factory=set)
+    """Ranks that came after it was aborted, and were told."""
     error: SyncError | None = None
     abort_request: SyncError | None = None
     """Why a rank wants it given up while it is being applied."""
@@ -187,6 +195,11 @@ class Update:
         """Whether its id may be used for the next attempt."""
         return self.state in (UpdateState.ABORTED, UpdateState.FAILED)
 
+    def concerns(self, rank: int, now: float) -> bool:
+        """Whether ``rank``, which comes now, was to be part of this aborted attempt, and does not know its end yet."""
+        late = now - self.ended_at < LATE_S
+        return self.state is UpdateState.ABORTED and late and rank not in self.deliveries and rank not in self.told
+
     def wait_until(self, moment: float) -> None:
         """A caller waits until ``moment``, on the coordinator's clock."""
         self.patience_until = max(self.patience_until, moment)
@@ -194,7 +207,7 @@ class Update:
     def check_same(self, header: Header, manifest: Manifest, digest: str) -> None:
         """Raise ``UpdateConflict`` if another rank's call does not describe this same update."""
         first, rank = self.header, header.rank
-        for name in ("weight_version", "pause_mode", "selector", "verify", "content_digest", "allow"):
+        for name in ("weight_version", "pause_mode", "selector", "verify", "content_digest", "allow", "keep_cache"):
             mine, theirs = getattr(first, name), getattr(header, name)
             if mine != theirs:
                 raise self._ranks_differ(rank, f"{name} {mine!r} against {theirs!r}")

@@ -10,6 +10,8 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
+from sidecar.memory import Placement
+
 OLDEST_SUPPORTED = Version("0.5.15.post1")
 
 
@@ -45,6 +47,8 @@ class EngineInfo:
     device: str
     """"cuda" or "cpu"."""
     dialect: Dialect
+    nnodes: int = 1
+    """Hosts that its TP ranks are spread over, as many on each; this sidecar's is the first."""
     seed: str = ""
     """random_seed: new at every start of the server, unless it was set."""
     shows_ready: bool = False
@@ -55,8 +59,24 @@ class EngineInfo:
     """What it was started with, as far as it was seen before a load from disk."""
     process: str = field(default="", compare=False)
     """The process that listens at its port, as ``listener`` names it; empty where that cannot be seen."""
+    ordinals: tuple[int, ...] = ()
+    """By TP rank of the first node: the number that its GPU has in CUDA; empty where that cannot be told."""
+    gpu_uuids: tuple[str, ...] = field(default=(), compare=False)
+    """By TP rank, as far as they are known: see ``gpus``."""
+    host_gpus: frozenset[str] = field(default=frozenset(), compare=False)
+    """UUIDs of this host's GPUs, where they are known."""
     unsupported: str = ""
     """Why it cannot be updated at all; empty if it can."""
+
+    @property
+    def placement(self) -> Placement:
+        """What memory its ranks can open: SGLang fills one node after the other."""
+        return Placement(
+            device=self.device,
+            num_here=ranks_per_node(self.tp_size, self.nnodes),
+            gpu_uuids=self.gpu_uuids,
+            host_gpus=self.host_gpus,
+        )
 
 
 def parse(server_info: Mapping[str, Any]) -> EngineInfo:
@@ -68,12 +88,28 @@ def parse(server_info: Mapping[str, Any]) -> EngineInfo:
         tp_size=_number(server_info, "tp_size"),
         device=str(server_info.get("device") or "cuda"),
         dialect=dialect,
+        nnodes=_number(server_info, "nnodes"),
+        ordinals=_ordinals(server_info),
         seed=str(server_info.get("random_seed", "")),
         shows_ready=_is_since(version, SHOWS_READY_SINCE),
         speculative=bool(server_info.get("speculative_algorithm")),
         model_path=str(server_info.get("model_path") or ""),
         unsupported=unsupported or _unsupported_layout(server_info, dialect),
     )
+
+
+def ranks_per_node(tp_size: int, nnodes: int) -> int:
+    """TP ranks on each host: rank r is on node r // this (SGLang, entrypoints/engine.py, without pipeline stages)."""
+    return max(1, tp_size // max(1, nnodes))
+
+
+def _ordinals(server_info: Mapping[str, Any]) -> tuple[int, ...]:
+    """By TP rank of the first node: its GPU, in the numbers that CUDA gives to the GPUs that the server sees."""
+    first, step = server_info.get("base_gpu_id"), server_info.get("gpu_id_step")
+    if not isinstance(first, int) or not isinstance(step, int) or server_info.get("use_ray"):
+        return ()
+    places = range(ranks_per_node(_number(server_info, "tp_size"), _number(server_info, "nnodes")))
+    return tuple(first + place * step for place in places)
 
 
 def _dialect(version: str) -> tuple[Dialect, str]:
@@ -100,11 +136,12 @@ def _is_since(version: str, first: Version) -> bool:
 def _unsupported_layout(server_info: Mapping[str, Any], dialect: Dialect) -> str:
     """What this server was started with that makes a tensor update impossible, if anything."""
     if _number(server_info, "pp_size") > 1:
-        return "pipeline parallelism (pp_size > 1): every stage would open the same memory handle"
+        return (
+            "pipeline parallelism (pp_size > 1): every stage would open the same memory handle; start it with tp_size "
+            "or ep_size instead, or use SGLang's own /update_weights_from_disk"
+        )
     if _number(server_info, "dp_size") > 1 and not server_info.get("enable_dp_attention"):
-        return "data-parallel replicas (dp_size > 1): give each replica its own server and sidecar"
-    if _number(server_info, "nnodes") > 1:
-        return "several nodes (nnodes > 1): a memory handle opens on its own host only"
+        return "data-parallel replicas (dp_size > 1): give each replica its own server and sidecar instead"
     if server_info.get("quantization") not in (None, "", "unquant"):
         return f"quantization {server_info['quantization']!r}: SGLang rebuilds such weights in place and may die of it"
     if server_info.get("speculative_algorithm") and not dialect.has_selector:

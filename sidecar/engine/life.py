@@ -6,9 +6,11 @@ and, where this host shows it, by the process that listens at the port.
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sidecar.config import Timeouts
+from sidecar.engine import gpus
 from sidecar.engine.http import EngineHttp
 from sidecar.engine.info import EngineInfo, parse
 from sidecar.engine.listener import is_alive, listener_of
@@ -20,9 +22,11 @@ TAKES_NO_REQUESTS = 503
 class EngineLife:
     """One server's address, and the lives of what answers there."""
 
-    def __init__(self, url: str, timeouts: Timeouts) -> None:
+    def __init__(self, url: str, timeouts: Timeouts, gpu_uuids: Sequence[str] = ()) -> None:
         self._looks = EngineHttp(url)  # of its own, so that a long load hides nothing
         self._timeouts = timeouts
+        self._gpu_uuids = tuple(gpu_uuids)
+        """What its operator says; empty: nothing."""
         self.info: EngineInfo | None = None
         self.epoch = 0
         """How many lives of the server were seen: counts up whenever another one answers than before."""
@@ -46,15 +50,15 @@ class EngineLife:
         """Where the server listens."""
         return self._looks.url
 
-    async def probe(self, timeout_s: float | None = None) -> EngineInfo:
+    async def probe(self) -> EngineInfo:
         """Ask the server what it is, and notice if it is another one than before; raises ``EngineError``.
 
         The answer comes from the scheduler, so whatever was posted before has been dealt with by then.
         """
         published, self.suspect = self._num_published, False  # a step that is lost meanwhile asks for another look
         process = await asyncio.to_thread(listener_of, self.url)
-        described = await self._looks.get("/server_info", timeout_s or self._timeouts.probe)
-        info = replace(parse(described), process=process)
+        described = await self._looks.get("/server_info", self._timeouts.probe)
+        info = await asyncio.to_thread(gpus.seen, replace(parse(described), process=process), self._gpu_uuids)
         version = await self.ask_weight_version()
         old_answer = self._num_published != published
         if self._is_another(info) or not (old_answer or version in (self.weight_version, self._publishing)):

@@ -1,16 +1,16 @@
 """The steps of an update, as SGLang's HTTP has them in each release.
 
 Invariant: every call is bounded, and one that writes weights is made once. Repeated are only those that change
-nothing when repeated (flush, publish, resume). Bodies always say ``flush_cache: false``: with the default, a refused
-flush kills releases up to 0.5.21.
+nothing when repeated (looks, checksums, flush, publish, resume). Bodies always say ``flush_cache: false``: with the
+default, a refused flush kills releases up to 0.5.21.
 """
 
 import asyncio
 import base64
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sidecar import payload
 from sidecar.config import Timeouts
@@ -47,11 +47,14 @@ SESSION_PROBE: dict[str, object] = {
 }
 
 
+T = TypeVar("T")
+
+
 class SGLangEngine(EngineLife):
     """One SGLang server; the coordinator's ``Engine``."""
 
-    def __init__(self, url: str, timeouts: Timeouts) -> None:
-        super().__init__(url, timeouts)
+    def __init__(self, url: str, timeouts: Timeouts, gpu_uuids: Sequence[str] = ()) -> None:
+        super().__init__(url, timeouts, gpu_uuids)
         self._steps = EngineHttp(url)
         self._bound: tuple[int, Dialect] = (0, DIALECTS[0])
         """The epoch that the update in hand began with, and the rules it follows."""
@@ -197,17 +200,12 @@ class SGLangEngine(EngineLife):
         """
         had_its_time = isinstance(lost, EngineTimeout)
         limit_s = self._timeouts.probe if had_its_time else self._timeouts.load
-        for tries_left in reversed(range(IDEMPOTENT_TRIES)):
-            try:
-                with self._noticing_death():
-                    await self._steps.get("/server_info", limit_s)
-                break
-            except EngineTimeout:
-                raise
-            except EngineLost:  # a server that is being killed takes connections for a moment still
-                if not tries_left:
-                    raise
-                await asyncio.sleep(RETRY_S)
+
+        async def look() -> None:
+            with self._noticing_death():
+                await self._steps.get("/server_info", limit_s)
+
+        await _again(look, _broke)  # a server that is being killed takes connections for a moment still
         await self.probe()
 
     async def end(self) -> None:
@@ -246,35 +244,28 @@ class SGLangEngine(EngineLife):
 
     async def checksums(self) -> list[dict[str, str]]:
         """By TP rank: each tensor's name and digest. ``EngineRefused`` where this server cannot compute them."""
-        answer = await self._ask_checksums()
+
+        async def ask() -> dict[str, Any]:
+            return await self._ask("/weights_checker", {"action": "checksum"}, self._timeouts.verify)
+
+        answer = await _again(ask, _broke)  # changes nothing
         # With DP attention every replica answers, each for all TP ranks.
         by_rank = {_tp_rank(rank, place): dict(rank["checksums"]) for place, rank in enumerate(answer["ranks"])}
         return [by_rank[rank] for rank in sorted(by_rank)]
-
-    async def _ask_checksums(self) -> dict[str, Any]:
-        """Changes nothing, so an answer that was lost, though not one that had its time, is asked for again."""
-        for _ in range(IDEMPOTENT_TRIES - 1):
-            try:
-                return await self._ask("/weights_checker", {"action": "checksum"}, self._timeouts.verify)
-            except EngineTimeout:
-                raise
-            except EngineLost:
-                await asyncio.sleep(RETRY_S)
-        return await self._ask("/weights_checker", {"action": "checksum"}, self._timeouts.verify)
 
     async def publish(self, weight_version: str) -> None:
         """Set the version that answers carry; keeps requests alive (SGLang's default aborts them all)."""
         body = {"new_version": weight_version, "abort_all_requests": False}
         self._publishing = weight_version
-        for tries_left in reversed(range(IDEMPOTENT_TRIES)):
+
+        async def post() -> None:
             try:
                 await self._post("/update_weight_version", body, self._timeouts.publish)
-                break
             except (EngineLost, EngineRefused):
-                if await self.serves(weight_version):
-                    break
-                if not tries_left:
+                if not await self.serves(weight_version):
                     raise
+
+        await _again(post, _was_not_done)
         self._published(weight_version)
 
     async def serves(self, weight_version: str) -> bool:
@@ -293,14 +284,7 @@ class SGLangEngine(EngineLife):
 
     async def resume(self) -> None:
         """Let generation go on."""
-        for _ in range(IDEMPOTENT_TRIES - 1):
-            try:
-                await self._post("/continue_generation", {}, self._timeouts.resume)
-                break
-            except (EngineLost, EngineRefused):
-                await asyncio.sleep(RETRY_S)
-        else:
-            await self._post("/continue_generation", {}, self._timeouts.resume)
+        await _again(lambda: self._post("/continue_generation", {}, self._timeouts.resume), _was_not_done)
         self._resumed()
 
     def close(self) -> None:
@@ -338,6 +322,28 @@ class SGLangEngine(EngineLife):
             message = f"the engine at {self.url} was restarted during the update and has lost what was loaded; "
             message += "send the update again"
             raise EngineRestarted(Reason.ENGINE_RESTARTED, message, engineUrl=self.url)
+
+
+async def _again(call: Callable[[], Awaitable[T]], worth_it: Callable[[EngineError], bool]) -> T:
+    """The answer to a ``call`` that changes nothing when repeated, in a few tries; the last one's error counts."""
+    for _ in range(IDEMPOTENT_TRIES - 1):
+        try:
+            return await call()
+        except EngineError as error:
+            if not worth_it(error):
+                raise
+        await asyncio.sleep(RETRY_S)
+    return await call()
+
+
+def _broke(error: EngineError) -> bool:
+    """An answer that was lost, but not one that had its time: that would take as long again."""
+    return isinstance(error, EngineLost) and not isinstance(error, EngineTimeout)
+
+
+def _was_not_done(error: EngineError) -> bool:
+    """Nobody else could have done it, so it is worth another try."""
+    return isinstance(error, EngineLost | EngineRefused)
 
 
 def _tp_rank(rank: dict[str, Any], place: int) -> int:

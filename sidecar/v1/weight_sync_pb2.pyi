@@ -195,7 +195,9 @@ class _VerificationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verifica
     the content with.
     """
     VERIFICATION_PROVEN: _Verification.ValueType  # 2
-    """The same, and every checksum equals that of the last verified update with this content_digest."""
+    """The same, and every checksum equals that of the last verified update with this content_digest, in the same life of
+    the engine and cut into the same buckets.
+    """
     VERIFICATION_UNAVAILABLE: _Verification.ValueType  # 3
     """The engine does not compute checksums; the reason is in the notes."""
 
@@ -209,7 +211,9 @@ VERIFICATION_CONSISTENT: Verification.ValueType  # 1
 the content with.
 """
 VERIFICATION_PROVEN: Verification.ValueType  # 2
-"""The same, and every checksum equals that of the last verified update with this content_digest."""
+"""The same, and every checksum equals that of the last verified update with this content_digest, in the same life of
+the engine and cut into the same buckets.
+"""
 VERIFICATION_UNAVAILABLE: Verification.ValueType  # 3
 """The engine does not compute checksums; the reason is in the notes."""
 Global___Verification: _TypeAlias = Verification  # noqa: Y015
@@ -244,6 +248,8 @@ class _FeatureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Feature.Value
     """UpdateWeightsFromDisk."""
     FEATURE_HOLD_UPDATE: _Feature.ValueType  # 11
     """HoldUpdate."""
+    FEATURE_KEEP_CACHE: _Feature.ValueType  # 12
+    """UpdateHeader.keep_cache."""
 
 class Feature(_Feature, metaclass=_FeatureEnumTypeWrapper):
     """Something this sidecar's protocol can do. Absent means that an adapter must not ask for it."""
@@ -272,6 +278,8 @@ FEATURE_DISK_UPDATE: Feature.ValueType  # 10
 """UpdateWeightsFromDisk."""
 FEATURE_HOLD_UPDATE: Feature.ValueType  # 11
 """HoldUpdate."""
+FEATURE_KEEP_CACHE: Feature.ValueType  # 12
+"""UpdateHeader.keep_cache."""
 Global___Feature: _TypeAlias = Feature  # noqa: Y015
 
 class _SidecarState:
@@ -564,12 +572,19 @@ Global___ManifestReference: _TypeAlias = ManifestReference  # noqa: Y015
 
 @_typing.final
 class MemoryHandle(_message.Message):
-    """How the engine opens memory that a trainer's rank owns."""
+    """How the engine opens memory that a trainer's rank owns. It opens on the host where it was exported only, which must be
+    the one that the engine's TP rank of the same number runs on.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CUDA_IPC_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    LOAN_FIELD_NUMBER: _builtins.int
+    loan: _builtins.int
+    """Which hand-over of this memory it is: any number that is another one once the memory was written anew, so that a
+    call that is made again, with the same bytes, is told from a new one from the same buffer. 0: not said.
+    """
     @_builtins.property
     def cuda_ipc(self) -> Global___CudaIpcHandle:
         """GPU memory."""
@@ -583,10 +598,11 @@ class MemoryHandle(_message.Message):
         *,
         cuda_ipc: Global___CudaIpcHandle | None = ...,
         shared_memory: Global___SharedMemoryHandle | None = ...,
+        loan: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "kind", b"kind", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "kind", b"kind", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "kind", b"kind", "loan", b"loan", "shared_memory", b"shared_memory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["cuda_ipc", "shared_memory"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
@@ -596,7 +612,9 @@ Global___MemoryHandle: _TypeAlias = MemoryHandle  # noqa: Y015
 
 @_typing.final
 class CudaIpcHandle(_message.Message):
-    """GPU memory of the same host and the same GPU: the values of torch's UntypedStorage._share_cuda_(), in its order."""
+    """GPU memory, on the host and the GPU of the engine's rank: the values of torch's UntypedStorage._share_cuda_(), in its
+    order.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -646,7 +664,7 @@ Global___CudaIpcHandle: _TypeAlias = CudaIpcHandle  # noqa: Y015
 
 @_typing.final
 class SharedMemoryHandle(_message.Message):
-    """Host memory of the same host: the values of torch's UntypedStorage._share_filename_cpu_(), in its order. The
+    """Host memory, on the engine rank's host: the values of torch's UntypedStorage._share_filename_cpu_(), in its order. The
     sender raises the file's count (_shared_incref) once before each send, since the importer lowers it.
     """
 
@@ -691,6 +709,7 @@ class UpdateHeader(_message.Message):
     VERIFY_FIELD_NUMBER: _builtins.int
     CONTENT_DIGEST_FIELD_NUMBER: _builtins.int
     ALLOW_FIELD_NUMBER: _builtins.int
+    KEEP_CACHE_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Names the update; chosen by the trainer, the same on every rank, at most 128 printable characters. The id of an
     update that was aborted or failed may be used for the next attempt; that of a committed one never again.
@@ -713,6 +732,10 @@ class UpdateHeader(_message.Message):
     """Names the content, for verify: two updates with the same digest must give the same checksums. Made by the
     trainer in any way it likes, at most 128 printable characters; empty: there is nothing to compare with.
     """
+    keep_cache: _builtins.bool
+    """Whether the prefix cache is left as it is: it is not flushed, and outcome.cache_flushed is false. Refused with the
+    pause modes that see by a flush whether the engine is idle: DRAIN, and NONE where an idle engine is needed.
+    """
     @_builtins.property
     def allow(self) -> Global___ManifestAllowance:
         """Names that may be sent although the model does not have them, and that may be missing although it does."""
@@ -729,10 +752,11 @@ class UpdateHeader(_message.Message):
         verify: _builtins.bool = ...,
         content_digest: _builtins.str = ...,
         allow: Global___ManifestAllowance | None = ...,
+        keep_cache: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "content_digest", b"content_digest", "pause_mode", b"pause_mode", "rank", b"rank", "selector", b"selector", "tp_size", b"tp_size", "update_id", b"update_id", "verify", b"verify", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "content_digest", b"content_digest", "keep_cache", b"keep_cache", "pause_mode", b"pause_mode", "rank", b"rank", "selector", b"selector", "tp_size", b"tp_size", "update_id", b"update_id", "verify", b"verify", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -838,6 +862,7 @@ class EngineInfo(_message.Message):
     USES_SESSIONS_FIELD_NUMBER: _builtins.int
     UNSUPPORTED_REASON_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    GPU_UUIDS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """SGLang's release, such as "0.5.23"."""
     tp_size: _builtins.int
@@ -852,6 +877,12 @@ class EngineInfo(_message.Message):
     """Why this engine cannot be updated at all; empty if it can."""
     epoch: _builtins.int
     """Which of the engine's lives, counted by this sidecar: another number means that it was restarted."""
+    @_builtins.property
+    def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """By TP rank: the GPU that it runs on, as "nvidia-smi -L" shows it. Memory of another GPU is refused. An empty string
+        where that is not known, and then not checked; nothing at all where none is known.
+        """
+
     def __init__(
         self,
         *,
@@ -862,10 +893,11 @@ class EngineInfo(_message.Message):
         uses_sessions: _builtins.bool = ...,
         unsupported_reason: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dialect", b"dialect", "epoch", b"epoch", "tp_size", b"tp_size", "unsupported_reason", b"unsupported_reason", "uses_sessions", b"uses_sessions", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dialect", b"dialect", "epoch", b"epoch", "gpu_uuids", b"gpu_uuids", "tp_size", b"tp_size", "unsupported_reason", b"unsupported_reason", "uses_sessions", b"uses_sessions", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1023,7 +1055,7 @@ class UpdateOutcome(_message.Message):
 
     @_builtins.property
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What a person should know of a committed update: a reply that was lost and how its fate was found out, requests
+        """What a person should know: a reply that was lost and how its fate was found out, or why it could not be, requests
         that kept the cache from being flushed, what could not be verified.
         """
 

@@ -40,6 +40,7 @@ def server_info_describes_the_layout(engine: EngineUnderTest) -> None:
     assert [info[name] for name in ("pp_size", "dp_size", "nnodes")] == [1, 1, 1]
     assert info["device"] in ("cpu", "cuda")
     assert isinstance(info["random_seed"], int)
+    assert [info[name] for name in ("base_gpu_id", "gpu_id_step", "use_ray")] == [0, 1, False]
     assert info["speculative_algorithm"] is None
     assert isinstance(info["custom_weight_loader"], list)
     assert isinstance(info["internal_states"], list)

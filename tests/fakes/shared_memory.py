@@ -1,9 +1,11 @@
 """Named shared memory as torch lays it out: a file in /dev/shm with a count, a 64-byte header and then the bytes.
 
 Both ends, without torch: ``SharedFile`` is an exporter's buffer, ``release`` is what an importer does when it is done.
-The count is the int32 at byte 0. Torch changes it atomically; tests have one party at a time.
+The count is the int32 at byte 0. Torch changes it atomically; tests have one party at a time. A folder of this process
+stands for the /dev/shm of all other hosts: who looks in the real one does not see what lies there.
 """
 
+import contextlib
 import itertools
 import mmap
 import os
@@ -13,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 DIRECTORY = Path("/dev/shm")
+ANOTHER_HOST = DIRECTORY / f"another-host-of-{os.getpid()}"
 HEADER_BYTES = 64
 _numbers = itertools.count()
 
@@ -20,13 +23,16 @@ _numbers = itertools.count()
 class SharedFile:
     """An exporter's buffer, with one count for the exporter and one for each importer to come."""
 
-    def __init__(self, content: bytes, importers: int = 1) -> None:
+    def __init__(self, content: bytes, importers: int = 1, *, on_another_host: bool = False) -> None:
         self.name = f"/torch_{os.getpid()}_fake_{next(_numbers)}"
         self.manager_path = "/dev/null"
         """Stands for torch_shm_manager's socket: something that exists."""
         self.size_bytes = len(content)
         header = struct.pack("i", 1 + importers).ljust(HEADER_BYTES, b"\0")
-        path_of(self.name).write_bytes(header + content)
+        if on_another_host:
+            ANOTHER_HOST.mkdir(exist_ok=True)
+        path = (ANOTHER_HOST if on_another_host else DIRECTORY) / self.name.lstrip("/")
+        path.write_bytes(header + content)
 
     @property
     def count(self) -> int:
@@ -41,6 +47,8 @@ class SharedFile:
     def close(self) -> None:
         """Remove the file, whoever still counts."""
         path_of(self.name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # never made, or not the last
+            ANOTHER_HOST.rmdir()
 
     def __enter__(self) -> Self:
         return self
@@ -52,8 +60,9 @@ class SharedFile:
 
 
 def path_of(name: str) -> Path:
-    """The file behind a name such as "/torch_1_2"."""
-    return DIRECTORY / name.lstrip("/")
+    """The file behind a name such as "/torch_1_2", on whatever host it is."""
+    elsewhere = ANOTHER_HOST / name.lstrip("/")
+    return elsewhere if elsewhere.exists() else DIRECTORY / name.lstrip("/")
 
 
 def read(name: str, start: int, end: int) -> bytes:

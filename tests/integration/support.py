@@ -107,11 +107,11 @@ class Pair:
 
     # Memory, as the engine's own shared-memory reader sees it.
 
-    def handle(self, content: bytes = bytes(BUCKET_BYTES)) -> pb.MemoryHandle:
+    def handle(self, content: bytes = bytes(BUCKET_BYTES), *, on_another_host: bool = False) -> pb.MemoryHandle:
         """One piece of named shared memory, for one importer."""
-        file = SharedFile(content)
+        file = SharedFile(content, on_another_host=on_another_host)
         self._files.append(file)
-        manager = str(self.folder / "manager.sock")
+        manager = "/another/host/manager.sock" if on_another_host else str(self.folder / "manager.sock")
         shared = pb.SharedMemoryHandle(manager_path=manager, name=file.name, size_bytes=file.size_bytes)
         return pb.MemoryHandle(shared_memory=shared)
 

@@ -62,7 +62,7 @@ def a_third_handle_kind(request: pb.UpdateWeightsRequest) -> None:
 
 
 def an_unknown_header_field(request: pb.UpdateWeightsRequest) -> None:
-    request.update.MergeFromString(b"\x50\x01")  # field 10 = 1
+    request.update.MergeFromString(b"\xf8\x07\x01")  # field 127 = 1
 
 
 WEIGHT = "rank 1, bucket 0, tensor 'layer.0.weight': "
@@ -180,7 +180,7 @@ BAD = [
     pytest.param(
         a_third_handle_kind, "UNKNOWN_FIELD", "field 3 of MemoryHandle is unknown to this sidecar", id="future-kind"
     ),
-    pytest.param(an_unknown_header_field, "UNKNOWN_FIELD", "field 10 of UpdateHeader is unknown", id="future-field"),
+    pytest.param(an_unknown_header_field, "UNKNOWN_FIELD", "field 127 of UpdateHeader is unknown", id="future-field"),
 ]
 
 

@@ -143,6 +143,7 @@ def test_a_slow_load_is_waited_for_and_one_beyond_its_limit_is_not(start: StartP
     pair.engine.fault(LOAD, Fault.HANG)
     refused = failed_update(pair, "slower")
     pair.engine.release()
+    wait_until(lambda: set(pair.counts()) == {1})  # it goes on, and reads the memory
     assert refused.reason == "UPDATE_FAILED"
     assert "no answer within 0.6 s; whether it was carried out is unknown" in refused.message
     assert pair.is_paused()

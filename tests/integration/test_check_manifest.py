@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -295,6 +295,9 @@ def test_a_checkpoint_that_cannot_be_read_refuses_nothing_and_says_why(start: St
 # While a checkpoint is being read, the world goes on.
 
 
+Story = Callable[["Reading"], Coroutine[None, None, None]]
+
+
 class Reading:
     """A coordinator beside an engine, in this process, whose call is stopped while it reads the checkpoint."""
 
@@ -315,6 +318,15 @@ class Reading:
         return call
 
 
+def tell(story: Story, memory: Memory) -> None:
+    """What happens while the checkpoint is read; the engine gets to know nothing of it."""
+    with ScriptedEngine() as server:
+        reading = Reading(server, memory)
+        asyncio.run(story(reading))
+        reading.engine.close()
+        assert server.paths() == []
+
+
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Memory]:
     with SharedFile(bytes(64)) as file, socket.socket(socket.AF_UNIX) as manager:
@@ -331,11 +343,7 @@ def test_no_update_begins_in_a_sidecar_that_has_drained_meanwhile(memory: Memory
         with pytest.raises(Draining):
             await call
 
-    with ScriptedEngine() as server:
-        reading = Reading(server, memory)
-        asyncio.run(story(reading))
-        reading.engine.close()
-        assert server.paths() == []
+    tell(story, memory)
 
 
 def test_what_was_checked_against_one_server_is_not_loaded_into_another(memory: Memory) -> None:
@@ -345,8 +353,4 @@ def test_what_was_checked_against_one_server_is_not_loaded_into_another(memory: 
         with pytest.raises(EngineRestarted):
             await call
 
-    with ScriptedEngine() as server:
-        reading = Reading(server, memory)
-        asyncio.run(story(reading))
-        reading.engine.close()
-        assert server.paths() == []
+    tell(story, memory)

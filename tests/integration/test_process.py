@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import grpc
@@ -14,7 +15,8 @@ import pytest
 
 from adapter.launch import SidecarConfig, SidecarProcess, free_port
 from sidecar.v1 import weight_sync_pb2 as pb
-from tests.fakes import Fault
+from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
+from tests.fakes import Fault, ScriptedEngine
 from tests.integration.conftest import StartPair
 from tests.integration.support import ANSWER_S, LOAD, Pair, refusal, wait_until
 
@@ -82,6 +84,33 @@ def test_a_second_sidecar_on_the_port_is_refused(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_beyond_loopback_it_listens_only_if_told_so_and_then_warns(tmp_path: Path) -> None:
+    port = free_port()
+    refused = serve("http://127.0.0.1:9", f"0.0.0.0:{port}")
+    assert (refused.returncode, "or say --insecure" in refused.stderr) == (2, True)
+    with (
+        ScriptedEngine(tp_size=2) as engine,
+        closing(Pair(engine, tmp_path, ["--insecure"], f"0.0.0.0:{port}")) as pair,
+    ):
+        with grpc.insecure_channel(f"127.0.0.2:{port}") as channel:  # of all addresses
+            rpc = pb_grpc.WeightSyncServiceStub(channel)
+            wait_until(lambda: rpc.GetStatus(pb.GetStatusRequest(), timeout=ANSWER_S).state == pb.SIDECAR_STATE_READY)
+        assert pair.update("over tcp").state == pb.UPDATE_STATE_COMMITTED
+        warning = (
+            f"WARNING sidecar.server: 0.0.0.0:{port} has no TLS (--insecure): every host that reaches it may change"
+        )
+        assert warning in pair.process.process.log_text()
+
+
+def test_on_loopback_nobody_is_warned(tmp_path: Path) -> None:
+    listen = f"127.0.0.1:{free_port()}"
+    config = SidecarConfig(
+        engine_url="http://127.0.0.1:9", listen=listen, log_path=tmp_path / "log", args=("--insecure",)
+    )
+    with SidecarProcess(config) as sidecar:
+        assert "TLS" not in sidecar.process.log_text()
+
+
 def test_a_socket_that_a_killed_sidecar_left_is_taken_over(tmp_path: Path) -> None:
     config = SidecarConfig(engine_url="http://127.0.0.1:9", listen=f"unix:{tmp_path}/s.sock", log_path=tmp_path / "log")
     with SidecarProcess(config) as first:
@@ -145,6 +174,7 @@ def test_an_update_that_does_not_end_cannot_hold_the_process_up(start: StartPair
     for answer in answers:
         assert answer.exception(5) is not None
     pair.engine.release()
+    wait_until(lambda: set(pair.counts()) == {1})  # the engine goes on, and reads the memory
 
 
 def test_it_serves_on_a_loopback_port(tmp_path: Path) -> None:

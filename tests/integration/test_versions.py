@@ -71,7 +71,7 @@ def test_a_tensor_after_the_last_of_specs_is_an_error_and_not_lost(start: StartP
     assert pair.engine.weight_version == "default"
 
 
-@pytest.mark.parametrize("layout", [{"quantization": "fp8"}, {"pp_size": 2}, {"nnodes": 2}])
+@pytest.mark.parametrize("layout", [{"quantization": "fp8"}, {"pp_size": 2}, {"dp_size": 2}])
 def test_a_server_that_an_update_could_kill_is_refused_by_name(start: StartPair, layout: dict[str, object]) -> None:
     pair = start(tp_size=1, server_info=layout)
     refused = refusal(send_version(pair, "refused", "1"))

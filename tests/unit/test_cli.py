@@ -51,7 +51,9 @@ def test_wrong_usage_exits_with_2_and_says_how_it_is_used(
 @pytest.mark.parametrize(
     ("engine_url", "listen", "more", "said"),
     [
-        (ENGINE, "0.0.0.0:50051", [], "is not a loopback address, and the sidecar has no TLS: use unix:/path.sock"),
+        (ENGINE, "0.0.0.0:50051", [], "is not a loopback address, and the sidecar has no TLS: use unix:/path.sock, or"),
+        (ENGINE, "node0:50051", [], "or say --insecure if every host that reaches it may change the weights"),
+        (ENGINE, "127.0.0.1:0", ["--gpu-uuids", "0,1"], "--gpu-uuids: '0' is not a GPU's UUID; list them as"),
         (ENGINE, "nonsense", [], "is neither unix:/path.sock nor host:port"),
         (ENGINE, "unix:/nowhere/s.sock", [], "the folder does not exist"),
         ("localhost:30000", "127.0.0.1:0", [], "--engine-url 'localhost:30000' is not of the form"),
@@ -102,6 +104,7 @@ def test_every_option_of_serve_is_known_here(capsys: pytest.CaptureFixture[str])
     words = {word.strip("[],") for word in capsys.readouterr().out.split()}
     assert {word for word in words if word.startswith("--")} == {
         "--help", "--engine-url", "--listen", "--accept-checkpoint-weights", "--drain-timeout", "--journal",
+        "--insecure", "--gpu-uuids",
         "--metrics-port", "--log-level",
         "--collect-timeout", "--pause-timeout", "--session-timeout", "--bucket-timeout", "--load-timeout",
         "--flush-timeout", "--publish-timeout", "--resume-timeout", "--probe-timeout",

@@ -1,5 +1,6 @@
 """Settings are checked before anything is opened."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,20 @@ def test_loopback_hosts_are_addresses(text: str, host: str, port: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["0.0.0.0:1", "10.0.0.1:1", "example.com:1", "[::]:1"])
-def test_an_address_that_others_could_reach_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a loopback address, and the sidecar has no TLS"):
-        parse_address(text)
+def test_an_address_that_others_could_reach_is_refused_unless_that_is_what_is_wanted(text: str) -> None:
+    listen = parse_address(text)
+    said = rf"'{re.escape(text)}' is not a loopback address, and the sidecar has no TLS: .* or say --insecure if"
+    with pytest.raises(ValueError, match=said):
+        ServeConfig(engine_url="http://h:1", listen=listen)
+    config = ServeConfig(engine_url="http://h:1", listen=listen, insecure=True)
+    assert config.is_exposed
+    assert str(config.listen) == text
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:1", "localhost:1", "[::1]:1", "unix:/tmp/s.sock"])
+def test_an_address_of_this_host_alone_is_exposed_to_nobody(text: str) -> None:
+    for insecure in (False, True):
+        assert not ServeConfig(engine_url="http://h:1", listen=parse_address(text), insecure=insecure).is_exposed
 
 
 @pytest.mark.parametrize("text", ["", "nothing", ":1", "localhost", "localhost:", "localhost:x", "localhost:65536"])

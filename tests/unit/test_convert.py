@@ -1,5 +1,7 @@
 """Messages to domain types: nothing that this protocol does not know gets through unnamed."""
 
+from dataclasses import replace
+
 import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.message import Message
@@ -73,6 +75,11 @@ def test_the_header_is_taken_over_with_retract_as_the_default() -> None:
     assert convert.header(message) == expected
 
 
+def test_a_cache_that_is_to_be_kept_is() -> None:
+    assert convert.header(pb.UpdateHeader(keep_cache=True)).keep_cache
+    assert not convert.header(pb.UpdateHeader()).keep_cache
+
+
 def test_every_pause_mode_of_the_protocol_is_known() -> None:
     for name, value in pb.PauseMode.items()[1:]:
         mode = convert.header(pb.UpdateHeader(pause_mode=value)).pause_mode
@@ -97,7 +104,7 @@ def test_handles_are_taken_over_field_by_field() -> None:
     shared = pb.SharedMemoryHandle(manager_path="/tmp/m", name="/a", size_bytes=7)
     assert convert.memory(pb.MemoryHandle(shared_memory=shared), 0, 0) == SharedMemory("/tmp/m", "/a", 7)
     cuda = pb.CudaIpcHandle(
-        device_uuid="GPU-abc",
+        device_uuid="GPU-ABC",
         memory_handle=b"handle",
         storage_size_bytes=1,
         storage_offset_bytes=2,
@@ -160,4 +167,10 @@ def test_the_engine_is_described_as_it_was_seen() -> None:
     message = convert.engine_info(parse({"version": "0.5.23", "tp_size": 2, "device": "cpu", "pp_size": 2}), epoch=3)
     assert (message.version, message.tp_size, message.device, message.epoch) == ("0.5.23", 2, "cpu", 3)
     assert (message.dialect, message.uses_sessions) == ("0.5.21", True)
+    assert list(message.gpu_uuids) == []
     assert message.unsupported_reason.startswith("pipeline parallelism")
+
+
+def test_the_engines_gpus_are_told_as_nvidia_smi_shows_them() -> None:
+    info = replace(parse({"version": "0.5.23", "tp_size": 2, "device": "cuda"}), gpu_uuids=("abc", ""))
+    assert list(convert.engine_info(info, epoch=1).gpu_uuids) == ["GPU-abc", ""]

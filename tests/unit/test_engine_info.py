@@ -51,8 +51,9 @@ def test_a_server_that_says_no_version_at_all_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"pp_size": 2}, "pipeline parallelism (pp_size > 1)"),
-        ({"dp_size": 2}, "data-parallel replicas (dp_size > 1)"),
+        ({"pp_size": 2}, "start it with tp_size or ep_size instead, or use SGLang's own /update_weights_from_disk"),
+        ({"dp_size": 2}, "(dp_size > 1): give each replica its own server and sidecar instead"),
+        ({"dp_size": 2, "attn_dp_size": 1, "enable_dp_attention": False}, "data-parallel replicas"),
         ({"weight_cache_mode": "on"}, "--weight-cache-mode is on"),
         ({"frontend": "rust"}, "frontend 'rust' has no weight-update routes"),
     ],
@@ -64,7 +65,11 @@ def test_a_layout_that_cannot_be_updated_is_refused_by_name(fields: dict[str, ob
 @pytest.mark.parametrize(
     "fields",
     [
-        {"dp_size": 2, "enable_dp_attention": True},
+        {"dp_size": 2, "enable_dp_attention": True},  # until 0.5.21
+        {"dp_size": 1, "attn_dp_size": 2, "enable_dp_attention": True},  # from 0.5.22 on
+        {"ep_size": 2},
+        {"ep_size": 2, "attn_dp_size": 2, "enable_dp_attention": True},
+        {"nnodes": 2},
         {"weight_cache_mode": "off", "frontend": "python"},
         {"weight_cache_mode": None, "frontend": None},
     ],
@@ -80,3 +85,34 @@ def test_tp_size_and_device_are_taken_over() -> None:
 
 def test_the_servers_keys_are_not_kept() -> None:
     assert "secret" not in repr(info_of(api_key="secret", admin_api_key="secret"))
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "nnodes", "num_here"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2), (8, 4, 2), (1, 2, 1), (2, 0, 2)]
+)
+def test_the_ranks_are_spread_over_the_nodes_one_node_after_the_other(tp_size: int, nnodes: int, num_here: int) -> None:
+    info = info_of(tp_size=tp_size, nnodes=nnodes)
+    assert (info.nnodes, info.placement.num_here) == (nnodes, num_here)
+
+
+def test_another_number_of_nodes_is_another_server() -> None:
+    assert info_of(nnodes=2) != info_of(nnodes=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ordinals"),
+    [
+        ({"base_gpu_id": 0, "gpu_id_step": 1}, (0, 1, 2, 3)),
+        ({"base_gpu_id": 4, "gpu_id_step": 1}, (4, 5, 6, 7)),
+        ({"base_gpu_id": 1, "gpu_id_step": 2}, (1, 3, 5, 7)),
+        ({"base_gpu_id": 4, "gpu_id_step": 2, "nnodes": 2}, (4, 6)),
+        ({}, ()),
+        ({"base_gpu_id": 0}, ()),
+        ({"base_gpu_id": None, "gpu_id_step": 1}, ()),
+        ({"base_gpu_id": 0, "gpu_id_step": 1, "use_ray": True}, ()),
+    ],
+)
+def test_cudas_number_of_each_ranks_gpu_follows_from_what_the_server_was_started_with(
+    fields: dict[str, object], ordinals: tuple[int, ...]
+) -> None:
+    assert info_of(tp_size=4, device="cuda", **fields).ordinals == ordinals

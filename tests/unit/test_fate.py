@@ -9,10 +9,11 @@ import pytest
 from sidecar import fate
 from sidecar.errors import EngineError, EngineLost, EngineRefused, EngineRestarted, EngineUnreachable, Reason
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
-from sidecar.memory import SharedMemory
+from sidecar.memory import Placement, SharedMemory
 from sidecar.update import Header, Update
 from tests.fakes import SharedFile, shared_memory
 
+HERE, TWO_NODES = Placement(), Placement(num_here=1)
 LOST = EngineLost(Reason.ENGINE_LOST, "/some_step was sent, but no answer came")
 
 
@@ -24,7 +25,6 @@ class Engine:
     served: str = ""
     serves_after_abort: str = ""
     failure: EngineError | None = None
-    epoch: int = 1
     asked: list[str] = field(default_factory=list)
 
     def _ask(self, what: str) -> None:
@@ -57,10 +57,10 @@ def files() -> Iterator[list[SharedFile]]:
         yield [first, second]
 
 
-def update_of(files: list[SharedFile]) -> Update:
+def update_of(files: list[SharedFile], placement: Placement = HERE) -> Update:
     header = Header(update_id="u", weight_version="7", rank=0, tp_size=2)
     bucket = BucketSpec(64, (TensorSpec("w", "float32", (4,), 0, 16),))
-    update = Update(header, Manifest((bucket,)), "digest")
+    update = Update(header, Manifest((bucket,)), "digest", placement)
     for rank, file in enumerate(files):
         update.join(rank)
         update.deliver(rank, 0, SharedMemory("/manager", file.name, 64))
@@ -119,3 +119,37 @@ def test_a_version_that_came_with_the_bucket_tells_that_it_is_loaded(files: list
     assert was_loaded(waits_for_requests, files, weight_version="7")
     assert waits_for_requests.asked[-2:] == ["abort", "serves"]
     assert not was_loaded(Engine(served="7"), files), "a version that is published later says nothing of a bucket"
+
+
+def test_what_another_host_did_with_its_memory_cannot_be_told_from_here(files: list[SharedFile]) -> None:
+    shared_memory.release(files[0].name)
+    files[1].close()  # as it looks where it never was
+    update = update_of(files, TWO_NODES)
+    assert not asyncio.run(fate.was_loaded(Engine(), update, 0, None, LOST))
+    (note,) = update.notes
+    assert note.startswith(
+        "the answer to the load of bucket 0 was lost; whether ranks [1] have loaded it cannot be told"
+    )
+    assert "their memory is on another host" in note
+
+
+def test_memory_here_that_was_not_let_go_tells_enough(files: list[SharedFile]) -> None:
+    files[1].close()
+    update = update_of(files, TWO_NODES)
+    assert not asyncio.run(fate.was_loaded(Engine(), update, 0, None, LOST))
+    assert update.notes == []
+
+
+def test_the_memory_of_another_node_on_this_host_tells_as_much_as_its_own(files: list[SharedFile]) -> None:
+    shared_memory.release(files[0].name)
+    update = update_of(files, TWO_NODES)
+    assert not asyncio.run(fate.was_loaded(Engine(), update, 0, None, LOST))
+    shared_memory.release(files[1].name)
+    assert asyncio.run(fate.was_loaded(Engine(), update, 0, None, LOST))
+    assert update.notes == []
+
+
+def test_a_version_that_came_with_the_bucket_tells_of_every_host(files: list[SharedFile]) -> None:
+    files[1].close()
+    update = update_of(files, TWO_NODES)
+    assert asyncio.run(fate.was_loaded(Engine(served="7"), update, 0, "7", LOST))

@@ -11,7 +11,7 @@ import pytest
 
 from sidecar import memory as memories
 from sidecar.errors import InvalidRequest, Reason
-from sidecar.memory import CudaIpcMemory, Memory, SharedMemory, check, let_go
+from sidecar.memory import CudaIpcMemory, Memory, Placement, SharedMemory, bare_uuid, check, is_seen, let_go
 from tests.fakes import SharedFile, shared_memory
 
 UUID = "6b7c1a2e-0d3f-4a5b-8c9d-0e1f2a3b4c5d"
@@ -98,24 +98,6 @@ def test_a_bad_cuda_handle_is_refused_with_its_value(changes: dict[str, object],
     assert said in refusal(dataclasses.replace(CUDA, **changes))  # type: ignore[arg-type]
 
 
-def test_a_gpu_that_this_host_lacks_is_refused_where_the_driver_shows_its_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    information = tmp_path / "0000:01:00.0" / "information"
-    information.parent.mkdir()
-    information.write_text(f"Model: \t\t NVIDIA H100\nGPU UUID: \t GPU-{UUID}\n")
-    monkeypatch.setattr(memories, "NVIDIA_GPUS", tmp_path)
-    memories.visible_gpu_uuids.cache_clear()
-    try:
-        check(CUDA, 1024, "rank 0, bucket 0")
-        other = UUID.replace("6b", "7b")
-        assert f"GPU {other!r} is not on this host; it has {UUID}" in refusal(
-            dataclasses.replace(CUDA, device_uuid=other)
-        )
-    finally:
-        memories.visible_gpu_uuids.cache_clear()
-
-
 def test_a_real_file_of_enough_bytes_passes(shared: SharedMemory) -> None:
     check(shared, 1024, "rank 0, bucket 0")
 
@@ -191,3 +173,68 @@ def test_an_export_of_a_gpu_is_let_go_once_its_counter_is_0() -> None:
 )
 def test_memory_whose_count_cannot_be_read_was_not_let_go(memory: Memory) -> None:
     assert not let_go(memory)
+
+
+# Memory of the ranks of other hosts.
+
+
+def refusal_elsewhere(memory: Memory) -> str:
+    with pytest.raises(InvalidRequest) as raised:
+        check(memory, 1024, "rank 1, bucket 0", here=False)
+    return raised.value.message
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        SharedMemory("/elsewhere/manager.sock", "/torch_elsewhere", 1024),
+        dataclasses.replace(CUDA, ref_counter_handle="/torch_elsewhere"),
+    ],
+    ids=["host", "gpu"],
+)
+def test_memory_of_another_host_need_not_be_seen_here(memory: Memory) -> None:
+    assert not is_seen(memory)
+    check(memory, 1024, "rank 1, bucket 0", here=False)
+    assert "cannot see /torch_elsewhere" in refusal(memory)
+
+
+def test_the_form_of_a_handle_of_another_host_is_checked_all_the_same() -> None:
+    shared = SharedMemory("/elsewhere/manager.sock", "/torch_elsewhere", 1024)
+    assert "is not of the form /name" in refusal_elsewhere(dataclasses.replace(shared, name="/../etc"))
+    assert "spans 8 bytes" in refusal_elsewhere(dataclasses.replace(shared, size_bytes=8))
+    gpu = dataclasses.replace(CUDA, ref_counter_handle="/torch_elsewhere")
+    assert "memory_handle of 1 bytes" in refusal_elsewhere(dataclasses.replace(gpu, memory_handle=b"x"))
+    assert "is not a GPU's UUID" in refusal_elsewhere(dataclasses.replace(gpu, device_uuid="0"))
+    assert "reference counters: 'x' is not of the form" in refusal_elsewhere(
+        dataclasses.replace(gpu, ref_counter_handle="x")
+    )
+
+
+def test_what_this_host_shows_of_another_nodes_memory_is_checked(shared: SharedMemory) -> None:
+    """Two nodes may be on one host; the manager's socket is still the other node's own affair."""
+    elsewhere = dataclasses.replace(shared, manager_path="/elsewhere/manager.sock")
+    assert is_seen(elsewhere)
+    check(elsewhere, 1024, "rank 1, bucket 0", here=False)
+    shared_memory.release(shared.name)
+    assert "without a share for the engine" in refusal_elsewhere(elsewhere)
+    assert is_seen(CUDA)
+    released = dataclasses.replace(CUDA, ref_counter_offset=6)
+    assert "the reference count of this handle is 0" in refusal_elsewhere(released)
+
+
+@pytest.mark.parametrize("name", ["", "x", "/a/b", "/torch\0null", "/torch_gone"])
+def test_a_name_that_leads_to_no_file_is_not_seen(name: str) -> None:
+    assert not is_seen(SharedMemory("/manager", name, 64))
+    assert not is_seen(dataclasses.replace(CUDA, ref_counter_handle=name))
+
+
+def test_the_first_ranks_are_here_and_what_is_not_said_is_unknown() -> None:
+    two_nodes = Placement(num_here=2, gpu_uuids=(UUID, ""))
+    assert [two_nodes.is_here(rank) for rank in range(4)] == [True, True, False, False]
+    assert [two_nodes.gpu_of(rank) for rank in range(4)] == [UUID, "", "", ""]
+    assert Placement().is_here(7)
+
+
+@pytest.mark.parametrize("text", [UUID, f"GPU-{UUID}", UUID.upper(), f"GPU-{UUID.upper()}", f" gpu-{UUID} "])
+def test_a_uuid_is_the_same_with_and_without_its_prefix_and_in_any_case(text: str) -> None:
+    assert bare_uuid(text) == UUID

@@ -116,6 +116,7 @@ def test_an_update_ends_committed_without_an_error_or_otherwise_with_one(
     [
         ({"weight_version": "v2"}, "weight_version 'v1' against 'v2'"),
         ({"pause_mode": PauseMode.ABORT}, "pause_mode <PauseMode.RETRACT: 'retract'> against <PauseMode.ABORT"),
+        ({"keep_cache": True}, "keep_cache False against True"),
     ],
 )
 def test_ranks_that_send_different_headers_are_told_both_values(changes: dict[str, object], said: str) -> None:
