@@ -1,0 +1,70 @@
+"""The sidecar as a child process. Of its code, only the command line is known here."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from adapter.launch.process import ManagedProcess, Started
+from adapter.launch.reaper_process import ReaperProcess
+
+SIDECAR = "the sidecar"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SidecarConfig:
+    """How to start the sidecar.
+
+    Attributes:
+        engine_url: The SGLang server's HTTP address.
+        listen: `unix:/path.sock` or `host:port`.
+        log_path: Where its output goes.
+        args: Further arguments of `sidecar serve`.
+        ready_timeout_s: How long the start may take.
+        grace_s: How long its orderly end may take.
+    """
+
+    engine_url: str
+    listen: str
+    log_path: Path
+    args: tuple[str, ...] = ()
+    ready_timeout_s: float = 30.0
+    grace_s: float = 10.0
+
+    def command(self) -> list[str]:
+        """The command line."""
+        where = ["--engine-url", self.engine_url, "--listen", self.listen]
+        return [sys.executable, "-m", "sidecar", "serve", *where, *self.args]
+
+
+class SidecarProcess(Started):
+    """A running sidecar; ready when the constructor returns, unless it was told not to wait.
+
+    Raises:
+        LaunchError: It ended, or was not ready in time.
+    """
+
+    def __init__(self, config: SidecarConfig, *, reaper: ReaperProcess | None = None, wait: bool = True) -> None:
+        self.listen = config.listen
+        process = ManagedProcess(SIDECAR, config.command(), config.log_path, grace_s=config.grace_s, reaper=reaper)
+        super().__init__(process, config.ready_timeout_s, wait=wait)
+
+    def is_ready(self) -> bool:
+        """Whether it serves, beside an engine or before one."""
+        return sidecar_is_serving(self.listen)
+
+
+def sidecar_is_serving(target: str, timeout_s: float = 1.0) -> bool:
+    """Whether the sidecar's own health service answers SERVING."""
+    # A pool of its own: a channel shared with an earlier, refused try would wait out that one's back-off.
+    with grpc.insecure_channel(
+        target, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+    ) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
