@@ -11,6 +11,7 @@ from adapter.errors import (
     EngineUnreachable,
     IncompatibleSidecar,
     LaunchError,
+    MemoryNotExportable,
     RanksMissing,
     SidecarUnreachable,
     UpdateAborted,
@@ -19,7 +20,9 @@ from adapter.errors import (
     UpdateStillApplying,
     WeightSyncError,
 )
+from adapter.exportable import allocate_flat
 from adapter.generate import GenerateClient, Generation
+from adapter.outgoing import MemoryNeed
 from adapter.planner import TensorSpec
 from adapter.wire import UpdateResult
 
@@ -29,6 +32,8 @@ __all__ = [
     "Generation",
     "IncompatibleSidecar",
     "LaunchError",
+    "MemoryNeed",
+    "MemoryNotExportable",
     "RanksMissing",
     "SidecarUnreachable",
     "TensorSpec",
@@ -39,4 +44,5 @@ __all__ = [
     "UpdateStillApplying",
     "WeightSyncClient",
     "WeightSyncError",
+    "allocate_flat",
 ]

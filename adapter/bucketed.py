@@ -1,7 +1,7 @@
 """An update too large for one bucket, from one rank: begin, push bucket by bucket, commit; abort when it breaks.
 
-Invariant: at most ``BUCKETS_IN_FLIGHT`` buckets of this rank's memory exist at a time: the next is filled while the
-engine loads the last, and only after the one before was let go.
+Invariant: at most ``depth`` buckets are out at a time, two as a rule: the next is filled while the engine loads the
+last, and only after the one before was let go.
 """
 
 from __future__ import annotations
@@ -11,21 +11,39 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
-import torch
 
-from adapter import wire
 from adapter.errors import WeightSyncError, from_rpc_error
 from adapter.exports import Export
+from adapter.known_manifest import KnownManifest
 from adapter.ledger import ExportLedger
 from adapter.planner import Plan
 from adapter.sidecar_stub import SidecarStub
-from adapter.staging import expect_end, stage
 from sidecar.v1 import weight_sync_pb2 as pb
 
-BUCKETS_IN_FLIGHT = 2
 ABORT_TIMEOUT_S = 10.0
+
+
+class Buckets(Protocol):
+    """Where the bytes of an update come from: staging buffers, or memory that holds them already."""
+
+    plan: Plan
+    depth: int
+    """How many buckets may be out at a time."""
+
+    def fill(self, bucket: int) -> Export:
+        """The memory of this bucket, with its bytes in it; buckets are asked for in order, once."""
+
+    def expect_end(self) -> None:
+        """Raise ``ValueError`` unless the tensors are those of the plan, no more."""
+
+    def check_sources(self) -> None:
+        """After the engine has read: raise ``ValueError`` if memory that it read from was not there to the end."""
+
+    def forgo(self) -> None:
+        """Take part in what other ranks wait for of the tensors that were not brought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +57,33 @@ class BucketedSend:
     """One rank's part of one update."""
 
     def __init__(
-        self, stub: SidecarStub, ledger: ExportLedger, header: pb.UpdateHeader, device: torch.device, timeout_s: float
+        self,
+        stub: SidecarStub,
+        ledger: ExportLedger,
+        known: KnownManifest,
+        header: pb.UpdateHeader,
+        buckets: Buckets,
+        timeout_s: float,
     ) -> None:
         self._stub = stub
         self._ledger = ledger
+        self._known = known
         self._header = header
-        self._device = device
+        self._buckets = buckets
         self._give_up = time.monotonic() + timeout_s
         self._in_flight: deque[_Push] = deque()
 
-    def run(self, planned: Plan, tensors: Iterator[tuple[str, torch.Tensor]]) -> pb.UpdateOutcome:
+    def run(self) -> pb.UpdateOutcome:
         """Send everything; the committed outcome. Raises ``WeightSyncError`` or ``ValueError``."""
-        reference = pb.ManifestReference(manifest=wire.manifest(planned))
-        begin = pb.BeginUpdateRequest(update=self._header, manifest=reference)
-        self._stub.call(self._stub.rpc.BeginUpdate, begin, self._left())
+        plan = self._buckets.plan
+        begin = pb.BeginUpdateRequest(update=self._header, manifest=self._known.reference(plan))
+        self._known.call(self._stub, self._stub.rpc.BeginUpdate, begin, plan, self._left())
         commit = pb.CommitUpdateRequest(update_id=self._header.update_id, rank=self._header.rank)
         with self._held():
             try:
-                self._push_all(planned, tensors)
-                expect_end(tensors)
+                self._push_all()
+                self._buckets.expect_end()
+                self._buckets.check_sources()
                 return self._stub.call(self._stub.rpc.CommitUpdate, commit, self._left()).outcome
             except BaseException as error:
                 self._abort(error)
@@ -76,11 +102,11 @@ class BucketedSend:
         finally:
             held.cancel()
 
-    def _push_all(self, planned: Plan, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        for index, bucket in enumerate(planned.buckets):
-            if len(self._in_flight) == BUCKETS_IN_FLIGHT:
+    def _push_all(self) -> None:
+        for bucket in range(len(self._buckets.plan.buckets)):
+            if len(self._in_flight) == self._buckets.depth:
                 self._finish(self._in_flight.popleft())
-            self._push(index, stage(bucket, tensors, self._device))
+            self._push(bucket, self._buckets.fill(bucket))
         while self._in_flight:
             self._finish(self._in_flight.popleft())
 

@@ -9,27 +9,32 @@ Invariant: memory that was handed over is dropped only when the engine has let i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 import torch
 
-from adapter import wire
-from adapter.bucketed import BucketedSend
+from adapter import resident, wire
+from adapter.bucketed import Buckets
 from adapter.errors import EngineUnreachable, UpdateRefused, WeightSyncError
+from adapter.exports import Export
+from adapter.fusion import DEFAULT_RULES, compile_rules
 from adapter.ledger import ExportLedger
-from adapter.planner import Plan, TensorSpec, plan
+from adapter.outgoing import MemoryNeed, Outgoing, check_values, outgoing
+from adapter.planner import TensorSpec, plan
+from adapter.sending import UpdateSender
 from adapter.sidecar_stub import SidecarStub
-from adapter.staging import expect_end, stage
+from adapter.sources.lazy import LazyTensor, NamedTensors
+from adapter.staging import DEFAULT_BUFFERS, StagingBuffers
 from adapter.wire import UpdateResult
 from sidecar.v1 import weight_sync_pb2 as pb
 
-DEFAULT_BUCKET_BYTES = 2 << 30
-MANIFEST_UNKNOWN = "MANIFEST_UNKNOWN"
+logger = logging.getLogger(__name__)
 
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
+DEFAULT_BUCKET_BYTES = 2 << 30
 
 
 class WeightSyncClient:
@@ -40,8 +45,13 @@ class WeightSyncClient:
         rank: this process's TP rank, 0 .. tp_size - 1.
         tp_size: the engine's tensor-parallel size, and the number of ranks that call.
         bucket_bytes: the most memory that one bucket takes. A model that fits goes in one call and one POST; a
-            larger one goes bucket by bucket, two in flight. A single tensor above it gets a bucket of its own.
+            larger one goes bucket by bucket. A single tensor above it gets a bucket of its own.
+        staging_buffers: how many buckets of memory this rank keeps for staging: with two, one is filled while the
+            engine loads the other.
         device: where buckets are staged; by default the current CUDA device for an engine on GPUs, else the host.
+        fused_groups: further tensors that must travel together, as regular expressions (``adapter.fusion``).
+        allow_expandable_segments: with ``in_place``, whether memory of expandable segments may be exported: only
+            where the engine was seen to open it.
     """
 
     def __init__(
@@ -51,7 +61,10 @@ class WeightSyncClient:
         rank: int,
         tp_size: int,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        staging_buffers: int = DEFAULT_BUFFERS,
         device: torch.device | str | None = None,
+        fused_groups: Sequence[str] = (),
+        allow_expandable_segments: bool = False,
     ) -> None:
         if not 0 <= rank < tp_size:
             raise ValueError(f"rank {rank} is outside 0..{tp_size - 1}")
@@ -59,9 +72,15 @@ class WeightSyncClient:
         self.tp_size = tp_size
         self.bucket_bytes = bucket_bytes
         self._device = torch.device(device) if device is not None else None
+        self._rules = (*DEFAULT_RULES, *compile_rules(fused_groups))
+        self._allow_expandable = allow_expandable_segments
         self._stub = SidecarStub(target)
-        self._ledger = ExportLedger()
-        self._known: tuple[Plan, str] | None = None
+        self._buffers = StagingBuffers(staging_buffers)
+        self._regions: dict[tuple[int, int], Export] = {}
+        """Exports of the trainer's own memory, which are sent in place."""
+        self._ledger = ExportLedger(keeps=self._keeps)
+        self._sender = UpdateSender(self._stub, self._ledger)
+        self._stated: MemoryNeed | None = None
 
     def update_weights(
         self,
@@ -70,7 +89,10 @@ class WeightSyncClient:
         version: str,
         update_id: str | None = None,
         specs: Sequence[TensorSpec] | None = None,
+        in_place: bool = False,
+        check_finite: bool = False,
         pause_mode: str = "retract",
+        flush_cache: bool = True,
         selector: str | None = None,
         verify: bool = False,
         content_digest: str = "",
@@ -81,13 +103,19 @@ class WeightSyncClient:
         """Send one weight version, with every other rank; returns when the engine serves it.
 
         Args:
-            named_tensors: (Hugging Face name, full tensor) pairs, the same names, dtypes and shapes on every rank.
+            named_tensors: (Hugging Face name, tensor) pairs, the same names, dtypes and shapes on every rank: whole
+                tensors, DTensors, or what ``adapter.sources`` makes of a trainer's shards. What must be gathered is
+                gathered bucket by bucket, on every rank of its process group, even if the update fails.
             version: what the engine reports as weight_version afterwards; new for every update.
             update_id: names this update on every rank; by default the version.
             specs: what ``named_tensors`` will yield, in order, for an iterator too large to be held: then one bucket
                 at a time is taken from it. Without it the pairs are listed first.
+            in_place: export the memory that the tensors lie in, without a copy. Each storage is one bucket; the same
+                layout on every rank. The tensors must not change before the call returns.
+            check_finite: refuse NaN and infinity before anything is sent; each rank looks at what it holds.
             pause_mode: what happens to running requests: "retract", "in_place", "abort", "drain" (they are waited
                 for first) or "none" (one bucket before SGLang 0.5.21, or an idle engine).
+            flush_cache: empty the prefix cache, so that no answer rests on KV of the old weights.
             selector: which of the engine's models, for one that decodes speculatively: "target", "draft" or "all".
             verify: compare the engine's checksums over its ranks, and with the last verified ones for the same
                 ``content_digest``, before the version is published; a difference is an ``UpdateFailed``.
@@ -99,12 +127,8 @@ class WeightSyncClient:
 
         Raises:
             WeightSyncError: see ``adapter.errors`` for what each kind says about the engine.
-            ValueError: no tensor, an unknown dtype or pause mode, or pairs that do not match ``specs``.
+            ValueError: a tensor, name, dtype or option that cannot be sent; nothing was.
         """
-        if specs is None:
-            named_tensors = list(named_tensors)
-            specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named_tensors]
-        planned = plan(specs, self.bucket_bytes)
         header = pb.UpdateHeader(
             update_id=update_id or version,
             weight_version=version,
@@ -114,14 +138,27 @@ class WeightSyncClient:
             selector=wire.selector(selector),
             verify=verify,
             content_digest=content_digest,
+            keep_cache=not flush_cache,
             allow=pb.ManifestAllowance(unknown=allow_unknown, missing=allow_missing),
         )
-        try:
-            result = self._send(header, planned, iter(named_tensors), timeout)
-            self._look_after()
-            return result
-        finally:
-            self._ledger.settle()
+        if not flush_cache:
+            self._stub.require(pb.FEATURE_KEEP_CACHE)
+        if in_place:
+            return self._send_in_place(header, named_tensors, specs, check_finite, timeout)
+        cargo = outgoing(named_tensors, specs, self.bucket_bytes, self._rules)
+        self._require(len(cargo.plan.buckets))
+        device = self._staging_device(self._look_before())
+        self._state_memory(cargo, device)
+        return self._send(header, cargo.staged(self._buffers, device), cargo.tensors, check_finite, timeout)
+
+    def memory_needed(self, named_tensors: NamedTensors, *, specs: Sequence[TensorSpec] | None = None) -> MemoryNeed:
+        """What an update of these tensors takes of this rank's memory, at most; nothing is gathered or allocated."""
+        device = self._device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return outgoing(named_tensors, specs, self.bucket_bytes, self._rules).memory(self._buffers, device)
+
+    def release_staging(self) -> None:
+        """Give the staging buffers back until the next update."""
+        self._buffers.release()
 
     def update_weights_from_disk(
         self, *, version: str, model_path: str = "", pause_mode: str = "retract", timeout: float = 1800.0
@@ -129,7 +166,7 @@ class WeightSyncClient:
         """Have the engine load a checkpoint from its own disk, as ``version``; one rank calls, the others need not.
 
         Heals a dirty engine without the trainer's weights. ``model_path``: a folder that the engine can read; empty:
-        the one that it loaded last. Raises ``WeightSyncError``.
+        the one that it was started with. Raises ``WeightSyncError``.
         """
         self._stub.require(pb.FEATURE_DISK_UPDATE)
         request = pb.UpdateWeightsFromDiskRequest(
@@ -148,8 +185,9 @@ class WeightSyncClient:
         Nothing is loaded, paused or allocated. The answer also says what could not be checked, and why.
         """
         self._stub.require(pb.FEATURE_CHECK_MANIFEST)
+        manifest = wire.manifest(plan(specs, self.bucket_bytes, self._rules))
         request = pb.CheckManifestRequest(
-            manifest=pb.ManifestReference(manifest=wire.manifest(plan(specs, self.bucket_bytes))),
+            manifest=pb.ManifestReference(manifest=manifest),
             allow=pb.ManifestAllowance(unknown=allow_unknown, missing=allow_missing),
         )
         return self._stub.call(self._stub.rpc.CheckManifest, request, 60.0)
@@ -177,9 +215,10 @@ class WeightSyncClient:
         return self._ledger.unreleased_bytes
 
     def close(self) -> None:
-        """Close the connection, and wait a moment for memory that the engine still holds."""
+        """Close the connection, give the staging buffers back, and wait a moment for what the engine still holds."""
         self._look_after()
         self._ledger.settle()
+        self._buffers.release()
         self._stub.close()
 
     def __enter__(self) -> Self:
@@ -192,55 +231,65 @@ class WeightSyncClient:
 
     # One update.
 
-    def _send(
-        self, header: pb.UpdateHeader, planned: Plan, tensors: Iterator[tuple[str, torch.Tensor]], timeout: float
-    ) -> UpdateResult:
-        one_call = len(planned.buckets) == 1
-        self._stub.require(pb.FEATURE_ONE_CALL_UPDATE if one_call else pb.FEATURE_BUCKETED_UPDATE)
-        device = self._staging_device(self._look_before())
-        if one_call:
-            outcome = self._in_one_call(header, planned, tensors, device, timeout)
-        else:
-            outcome = BucketedSend(self._stub, self._ledger, header, device, timeout).run(planned, tensors)
-        self._known = (planned, outcome.manifest_digest)
-        return wire.result(outcome)
-
-    def _in_one_call(
+    def _send_in_place(
         self,
         header: pb.UpdateHeader,
-        planned: Plan,
-        tensors: Iterator[tuple[str, torch.Tensor]],
-        device: torch.device,
+        named_tensors: NamedTensors,
+        specs: Sequence[TensorSpec] | None,
+        look_at_values: bool,
         timeout: float,
-    ) -> pb.UpdateOutcome:
-        export = stage(planned.buckets[0], tensors, device)
-        expect_end(tensors)
-        request = pb.UpdateWeightsRequest(update=header, manifest=self._reference(planned), handles=[export.handle()])
-        self._ledger.hold(export, header.update_id, 0)
+    ) -> UpdateResult:
+        if specs is not None:
+            raise ValueError("in_place sends tensors from where they lie, so it takes them as a list, without specs")
+        tensors = resident.listed(named_tensors)
+        buckets = resident.ResidentBuckets(tensors, self._regions, self._allow_expandable)
+        self._require(len(buckets.plan.buckets))
+        self._look_before()
+        return self._send(header, buckets, tensors, look_at_values, timeout)
+
+    def _send(
+        self,
+        header: pb.UpdateHeader,
+        buckets: Buckets,
+        tensors: dict[str, LazyTensor],
+        look_at_values: bool,
+        timeout: float,
+    ) -> UpdateResult:
         try:
-            outcome = self._update_weights(request, planned, timeout)
-        except WeightSyncError as error:
-            self._ledger.failed(export, 0, error)
+            if look_at_values:
+                self._check_values(header, buckets, tensors)
+            result = wire.result(self._sender.send(header, buckets, timeout))
+            self._look_after()
+            return result
+        finally:
+            self._ledger.settle()
+
+    def _check_values(self, header: pb.UpdateHeader, buckets: Buckets, tensors: dict[str, LazyTensor]) -> None:
+        try:
+            check_values(tensors)
+        except ValueError as error:
+            self._sender.give_up(header, buckets, error)
             raise
-        self._ledger.settle_one(export)
-        return outcome
 
-    def _update_weights(self, request: pb.UpdateWeightsRequest, planned: Plan, timeout: float) -> pb.UpdateOutcome:
-        """The call, again with the manifest in full if the sidecar has forgotten its digest."""
-        method = self._stub.rpc.UpdateWeights
-        try:
-            return self._stub.call(method, request, timeout).outcome
-        except UpdateRefused as refusal:
-            if refusal.reason != MANIFEST_UNKNOWN:
-                raise
-        request.manifest.CopyFrom(pb.ManifestReference(manifest=wire.manifest(planned)))
-        return self._stub.call(method, request, timeout).outcome
+    def _require(self, num_buckets: int) -> None:
+        self._stub.require(pb.FEATURE_ONE_CALL_UPDATE if num_buckets == 1 else pb.FEATURE_BUCKETED_UPDATE)
 
-    def _reference(self, planned: Plan) -> pb.ManifestReference:
-        """The digest of a manifest that the sidecar told us of, or the manifest in full."""
-        if self._known and self._known[0] == planned:
-            return pb.ManifestReference(digest=self._known[1])
-        return pb.ManifestReference(manifest=wire.manifest(planned))
+    def _state_memory(self, cargo: Outgoing, device: torch.device) -> None:
+        """Say what the update takes before it takes it, once for each amount."""
+        need = cargo.memory(self._buffers, device)
+        if need != self._stated:
+            self._stated = need
+            logger.info(
+                "updates take at most %d bytes of rank %d on %s: staging buffers of %s bytes, and %d bytes to gather",
+                need.total,
+                self.rank,
+                device,
+                " and ".join(map(str, need.buffers)),
+                need.gather,
+            )
+
+    def _keeps(self, export: Export) -> bool:
+        return self._buffers.keeps(export) or resident.keeps(self._regions, export)
 
     def _look_before(self) -> pb.EngineInfo:
         """See that sidecar and engine are there before memory is spent, and take back what is out of use."""

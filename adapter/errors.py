@@ -10,6 +10,7 @@
       x RanksMissing           a deadline passed while the sidecar waited for other ranks
       x UpdateStillApplying    a deadline passed while the engine was loading; an update in one call goes on: ask
                                ``get_update``; one in buckets is aborted by its client
+      x MemoryNotExportable    another process cannot open this memory; nothing was sent
       x UpdateFailed           broke off half-way: the engine is dirty until the next complete update
 
 Mapped from gRPC once, in ``from_rpc_error``.
@@ -65,6 +66,10 @@ class RanksMissing(WeightSyncError):
 
 class UpdateStillApplying(WeightSyncError):
     """A deadline passed while the engine was loading."""
+
+
+class MemoryNotExportable(WeightSyncError):
+    """Another process cannot open this memory; nothing was sent."""
 
 
 class UpdateFailed(WeightSyncError):

@@ -1,8 +1,9 @@
 """A rank's memory that another process can open: allocated, described, and proven to be let go.
 
-One ``Export`` is one region, lent to one importer at a time, as often as wanted. Life, in the trainer's process:
+One ``Export`` is one region, lent to one importer at a time, as often as wanted. It is made over memory of its own
+(``adapter.exportable``) or over the trainer's. Life, in the trainer's process:
 
-    allocate -> fill -> handle() -> sent -+-> the engine opens it, copies, lets go -> released() -+-> filled again
+    Export -> fill -> handle() -> sent -+-> the engine opens it, copies, lets go -> released() -+-> filled again
                  ^                        +-> the engine never saw it, or died     -> reclaim()  -+-> or drop()
                  +--------------------------------------------------------------------------------+
 
@@ -13,18 +14,21 @@ Facts borrowed (run with torch 2.11, 2.13 and 2.14): a CUDA export's counter is 
 the file plus 8 per slot, 1 from the export until the importer has dropped it, then 0. A host file's count is the
 int32 at byte 0: 1 when only the exporter holds it, 2 with ``_shared_incref`` for the importer. Two importers at a time
 would be one too many for both: the host's count cannot tell them apart, and a process that has a mapping already
-lowers the counter of a second one before it has read it.
+lowers the counter of a second one before it has read it. An expandable segment's handle has "e" in its second byte
+where a plain allocation's has "c": opening it takes rights (pidfd_getfd) that another container's process lacks.
 """
 
 import os
+import secrets
 import struct
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from adapter.errors import MemoryNotExportable
 from sidecar.v1 import weight_sync_pb2 as pb
 
 SHM = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives on Linux
@@ -55,9 +59,9 @@ class Export(ABC):
         self.flat = torch.empty(0, dtype=torch.uint8)
 
 
-def allocate(num_bytes: int, device: torch.device) -> Export:
-    """A new region on ``device``: a CUDA device, or the host."""
-    return CudaExport(num_bytes, device) if device.type == "cuda" else HostExport(num_bytes)
+def export_of(flat: torch.Tensor) -> Export:
+    """An export of ``flat``: uint8, one-dimensional, in GPU memory or in a file of torch's in /dev/shm."""
+    return CudaExport(flat) if flat.is_cuda else HostExport(flat)
 
 
 class _CudaLoan(NamedTuple):
@@ -71,8 +75,8 @@ class _CudaLoan(NamedTuple):
 class CudaExport(Export):
     """GPU memory, opened by CUDA IPC in a process that sees the same GPU."""
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
-        self.flat = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    def __init__(self, flat: torch.Tensor) -> None:
+        self.flat = flat
         self._loan: _CudaLoan | None = None
 
     def handle(self) -> pb.MemoryHandle:
@@ -84,10 +88,11 @@ class CudaExport(Export):
             # Torch wraps the storage that it shares anew at every export, and keeps an event and a counter until the
             # storage is dropped. So what it shares is a tensor of its own over the same memory, dropped with the loan.
             alias = from_dlpack(self.flat)
-            shared = alias.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
+            shared = _share_cuda(alias)
         _, memory, size, offset, counter_file, counter_slot, event, event_sync = shared
         self._loan = _CudaLoan(alias, counter_file.decode(), counter_slot)
         return pb.MemoryHandle(
+            loan=_new_loan(),
             cuda_ipc=pb.CudaIpcHandle(
                 device_uuid=str(torch.cuda.get_device_properties(self.flat.device).uuid),
                 memory_handle=memory,
@@ -97,7 +102,7 @@ class CudaExport(Export):
                 ref_counter_offset=counter_slot,
                 event_handle=event,
                 event_sync_required=event_sync,
-            )
+            ),
         )
 
     def released(self) -> bool:
@@ -114,11 +119,10 @@ class CudaExport(Export):
 
 
 class HostExport(Export):
-    """A file in /dev/shm, opened by name through torch's manager process."""
+    """A file in /dev/shm, opened by name through torch's manager process. ``flat`` is all of it."""
 
-    def __init__(self, num_bytes: int) -> None:
-        storage = torch.UntypedStorage._new_using_filename_cpu(num_bytes)
-        self.flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+    def __init__(self, flat: torch.Tensor) -> None:
+        self.flat = flat
         self._lent_as = ""
 
     def handle(self) -> pb.MemoryHandle:
@@ -128,7 +132,8 @@ class HostExport(Export):
         storage._shared_incref()  # type: ignore[no-untyped-call]  # the importer lowers the count when it opens the file
         self._lent_as = name.decode()
         return pb.MemoryHandle(
-            shared_memory=pb.SharedMemoryHandle(manager_path=manager.decode(), name=name.decode(), size_bytes=size)
+            loan=_new_loan(),
+            shared_memory=pb.SharedMemoryHandle(manager_path=manager.decode(), name=name.decode(), size_bytes=size),
         )
 
     def released(self) -> bool:
@@ -140,6 +145,22 @@ class HostExport(Export):
         if not self.released():
             self.flat.untyped_storage()._shared_decref()
             self._lent_as = ""
+
+
+def _new_loan() -> int:
+    """The region is the same at every hand-over, its bytes are not: the sidecar must not take one for the other."""
+    return secrets.randbits(63) + 1
+
+
+def _share_cuda(alias: torch.Tensor) -> tuple[Any, ...]:
+    try:
+        shared: tuple[Any, ...] = alias.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise MemoryNotExportable(
+            f"CUDA cannot export this memory on {alias.device} ({str(error).splitlines()[0]}): it comes from "
+            "torch_memory_saver or from another pool of virtual memory; copy it to memory of torch's own allocator"
+        ) from error
+    return shared
 
 
 def _read(name: str, form: str, offset: int) -> int | None:

@@ -1,4 +1,4 @@
-"""A small HTTP client for what the trainer asks of the SGLang server itself: generation never passes the sidecar.
+"""``/generate`` of an SGLang server, one prompt at a time, with a typed answer: generation never passes the sidecar.
 
 Invariant: every call has a deadline; an answer that is no success is a ``WeightSyncError`` with SGLang's own words.
 """
@@ -7,11 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import requests
-
-from adapter.errors import WeightSyncError
-
-MAX_MESSAGE = 500
+from adapter.engine_client import EngineClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +27,8 @@ class GenerateClient:
     """``/generate`` of one SGLang server."""
 
     def __init__(self, server_url: str, *, timeout: float = 600.0) -> None:
-        self._url = server_url.rstrip("/")
+        self._engine = EngineClient(server_url)
         self._timeout = timeout
-        self._session = requests.Session()
-        self._session.trust_env = False
 
     def generate(
         self,
@@ -47,7 +41,8 @@ class GenerateClient:
         if (text is None) == (input_ids is None):
             raise ValueError("give either text or input_ids")
         prompt = {"text": text} if text is not None else {"input_ids": list(input_ids or ())}
-        answer = self._post("/generate", {**prompt, "sampling_params": dict(sampling_params or {})})
+        body = {**prompt, "sampling_params": dict(sampling_params or {})}
+        answer: dict[str, Any] = self._engine.post("/generate", body, self._timeout)
         meta_info = answer.get("meta_info", {})
         return Generation(
             text=answer.get("text", ""),
@@ -56,17 +51,5 @@ class GenerateClient:
             meta_info=meta_info,
         )
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            response = self._session.post(self._url + path, json=body, timeout=self._timeout)
-        except requests.exceptions.RequestException as error:
-            raise WeightSyncError(f"the SGLang server at {self._url} did not answer {path}: {error}") from error
-        if not response.ok:
-            said = " ".join(response.text.split())[:MAX_MESSAGE]
-            raise WeightSyncError(f"the SGLang server at {self._url} answered {response.status_code} to {path}: {said}")
-        answer: dict[str, Any] = response.json()
-        return answer
-
     def close(self) -> None:
-        """Let the connection go."""
-        self._session.close()
+        """Nothing is held open between calls; kept for callers that say when they are done."""

@@ -42,9 +42,10 @@ class Held:
 
 
 class ExportLedger:
-    """One client's exports in flight."""
+    """One client's exports in flight. ``keeps`` tells which regions outlive an update: those are not dropped."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeps: Callable[[Export], bool] = lambda _: False) -> None:
+        self._keeps = keeps
         self._held: list[Held] = []
         self._overdue = 0
         """How many of them were waited for in vain: a later update must not wait for them again."""
@@ -108,7 +109,8 @@ class ExportLedger:
         self._held = kept
         self._overdue = min(self._overdue, len(kept))
         for export in dropped:
-            export.drop()
+            if not self._keeps(export):
+                export.drop()
         if on_gpu:
             torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]  # removes torch's file of counters when none is in use
         return len(kept)

@@ -1,14 +1,19 @@
 """Names, shapes and dtypes -> buckets. Pure: the same on every rank, with no communication.
 
-Invariants: tensors keep their order; every tensor begins at a multiple of ``ALIGNMENT``; a bucket is at most
-``bucket_bytes`` long, unless it holds a single tensor that is larger.
+Invariants: tensors keep their order, but for those that SGLang fuses, which follow the first of their group; such a
+group is never cut; every tensor begins at a multiple of ``ALIGNMENT``; a bucket is at most ``bucket_bytes`` long,
+unless it holds a single tensor that is larger.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
+
+from adapter.fusion import DEFAULT_RULES, group_names
 
 # SGLang views each tensor in place, which needs a multiple of its element size; copies are fastest at 16 and more.
 ALIGNMENT = 64
@@ -52,32 +57,56 @@ class Plan:
 
     buckets: tuple[Bucket, ...]
 
+    def names(self) -> list[str]:
+        """Every tensor, in the order in which it is sent."""
+        return [place.spec.name for bucket in self.buckets for place in bucket.placements]
 
-def plan(specs: Iterable[TensorSpec], bucket_bytes: int) -> Plan:
-    """Cut ``specs`` into buckets of at most ``bucket_bytes``; raises ``ValueError`` if there is nothing to send."""
+
+def plan(specs: Iterable[TensorSpec], bucket_bytes: int, rules: Sequence[re.Pattern[str]] = DEFAULT_RULES) -> Plan:
+    """Cut ``specs`` into buckets of at most ``bucket_bytes``, with what ``rules`` bind (``adapter.fusion``) together.
+
+    Raises ``ValueError`` if there is nothing to send, a name comes twice, or a group has no room in a bucket.
+    """
     if bucket_bytes <= 0:
         raise ValueError(f"bucket_bytes must be positive, not {bucket_bytes}")
-    buckets = tuple(_place(group) for group in _groups(specs, bucket_bytes))
-    if not buckets:
+    listed = tuple(specs)
+    check_names(listed)
+    groups = [[listed[at] for at in group] for group in group_names([spec.name for spec in listed], rules)]
+    return Plan(tuple(_place(specs) for specs in _cut(groups, bucket_bytes)))
+
+
+def check_names(specs: Sequence[TensorSpec]) -> None:
+    """Raise ``ValueError`` if there is no tensor, or two of one name."""
+    if not specs:
         raise ValueError("the update is empty: named_tensors yielded no tensor")
-    return Plan(buckets)
+    name, times = Counter(spec.name for spec in specs).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"the name {name} comes {times} times in named_tensors; send each tensor once")
 
 
-def _groups(specs: Iterable[TensorSpec], bucket_bytes: int) -> Iterator[list[TensorSpec]]:
-    group: list[TensorSpec] = []
+def _cut(groups: Iterable[list[TensorSpec]], bucket_bytes: int) -> Iterator[list[TensorSpec]]:
+    bucket: list[TensorSpec] = []
     used = 0
-    for spec in specs:
-        size = _aligned(spec.num_bytes)
-        if group and used + size > bucket_bytes:
-            yield group
-            group, used = [], 0
-        group.append(spec)
+    for group in groups:
+        size = sum(_aligned(spec.num_bytes) for spec in group)
+        if size > bucket_bytes and len(group) > 1:
+            raise ValueError(_too_large(group, size, bucket_bytes))
+        if bucket and used + size > bucket_bytes:
+            yield bucket
+            bucket, used = [], 0
+        bucket += group
         used += size
-    if group:
-        yield group
+    yield bucket
 
 
-def _place(group: list[TensorSpec]) -> Bucket:
+def _too_large(group: Sequence[TensorSpec], size: int, bucket_bytes: int) -> str:
+    return (
+        f"{group[0].name} and {group[1].name} must travel together, since SGLang fuses them, and take {size} bytes: "
+        f"more than bucket_bytes, {bucket_bytes}; raise it"
+    )
+
+
+def _place(group: Iterable[TensorSpec]) -> Bucket:
     placements, offset = [], 0
     for spec in group:
         placements.append(Placement(spec, offset))

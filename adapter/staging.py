@@ -1,43 +1,147 @@
-"""Tensors -> one bucket of exportable memory, as the plan says.
+"""Tensors -> buckets in memory that can be exported, as the plan says.
 
-Invariant: what is staged is exactly what the manifest promised; anything else is a ``ValueError`` before it is sent.
+Owns the staging buffers: a few that stay, in turn for one bucket after the other. Invariants: what is staged is
+exactly what the manifest promised; a buffer is written only when nobody else holds it; and buffers take no more than
+``buffer_bytes`` of the plan, but for those that an engine has kept from a failed update, which are said in a warning.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from adapter.exports import Export, allocate
-from adapter.planner import Bucket, Placement
+from adapter.exportable import allocate_flat
+from adapter.exports import Export, export_of
+from adapter.planner import Bucket, Placement, Plan, TensorSpec
+from adapter.sources.lazy import LazyTensor, PlainTensor, Sendable
+from adapter.sources.module import as_lazy
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BUFFERS = 2
 
 
-def stage(bucket: Bucket, tensors: Iterator[tuple[str, torch.Tensor]], device: torch.device) -> Export:
-    """Copy the next tensors into new exportable memory on ``device``."""
-    export = allocate(bucket.num_bytes, device)
-    sources = [_next(place, tensors) for place in bucket.placements]
-    torch._foreach_copy_([_view(export.flat, place) for place in bucket.placements], sources)
-    return export
+def buffer_bytes(plan: Plan, num_buffers: int) -> list[int]:
+    """How large each buffer must be: buffer i carries the buckets i, i + num_buffers, ..."""
+    sizes = [bucket.num_bytes for bucket in plan.buckets]
+    return [max(sizes[first::num_buffers]) for first in range(min(num_buffers, len(sizes)))]
 
 
-def expect_end(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Raise ``ValueError`` if there are tensors that the plan does not have: they would be lost silently."""
-    surplus = next(tensors, None)
-    if surplus is not None:
-        raise ValueError(f"named_tensors yields {surplus[0]} after the last of specs; list it there")
+class StagingBuffers:
+    """One client's buffers, kept from update to update; made when they are first needed."""
+
+    def __init__(self, num_buffers: int) -> None:
+        if num_buffers < 1:
+            raise ValueError(f"staging_buffers must be 1 or more, not {num_buffers}")
+        self.num_buffers = num_buffers
+        self._slots: list[Export | None] = [None] * num_buffers
+
+    @property
+    def num_bytes(self) -> int:
+        """What they take now."""
+        return sum(export.flat.numel() for export in self._slots if export is not None)
+
+    def take(self, bucket: int, sizes: Sequence[int], device: torch.device) -> Export:
+        """The buffer for this bucket, which nobody else holds; ``sizes`` are the plan's ``buffer_bytes``."""
+        slot = bucket % self.num_buffers
+        export, size = self._slots[slot], sizes[slot]
+        if export is not None and not self._is_fit(export, size, device):
+            export = self._slots[slot] = None
+        if export is None:
+            export = self._slots[slot] = export_of(allocate_flat(size, device))
+        return export
+
+    def keeps(self, export: Export) -> bool:
+        """Whether this is one of the buffers, so that it outlives the update."""
+        return any(export is slot for slot in self._slots)
+
+    def release(self) -> None:
+        """Give the buffers back to the system; those that an engine still holds go when it lets go."""
+        on_gpu = any(export is not None and export.flat.is_cuda for export in self._slots)
+        for slot, export in enumerate(self._slots):
+            self._slots[slot] = None
+            if export is not None and export.released():
+                export.drop()
+        if on_gpu:
+            torch.cuda.empty_cache()  # a segment of its own is nobody else's before
+
+    def _is_fit(self, export: Export, size: int, device: torch.device) -> bool:
+        if not export.released():
+            logger.warning(
+                "the engine still holds %d bytes of a failed update; this one takes as much again", export.flat.numel()
+            )
+            return False
+        # Larger ones are kept: the same model comes again, and plans alternate rarely.
+        if export.flat.numel() < size or export.flat.device != device:
+            export.drop()
+            return False
+        return True
 
 
-def _view(flat: torch.Tensor, place: Placement) -> torch.Tensor:
+class StagedBuckets:
+    """The buckets of one update, copied or gathered one after the other."""
+
+    def __init__(
+        self, plan: Plan, tensors: Iterator[tuple[str, Sendable]], buffers: StagingBuffers, device: torch.device
+    ) -> None:
+        self.plan = plan
+        self.depth = buffers.num_buffers
+        self._tensors = tensors
+        self._buffers = buffers
+        self._device = device
+        self._sizes = buffer_bytes(plan, buffers.num_buffers)
+        self._pending: LazyTensor | None = None
+        """Taken from the iterator, and not written yet."""
+
+    def fill(self, bucket: int) -> Export:
+        """The next bucket, in order. Raises ``ValueError`` if the tensors are not those of the plan."""
+        export = self._buffers.take(bucket, self._sizes, self._device)
+        self._write(self.plan.buckets[bucket], export.flat)
+        return export
+
+    def expect_end(self) -> None:
+        """Raise ``ValueError`` if there are tensors that the plan does not have: they would be lost silently."""
+        surplus = next(self._tensors, None)
+        if surplus is not None:
+            self._pending = as_lazy(surplus[1])
+            raise ValueError(f"named_tensors yields {surplus[0]} after the last of specs; list it there")
+
+    def check_sources(self) -> None:
+        """What was staged is a copy: nobody reads the tensors any more."""
+
+    def forgo(self) -> None:
+        """Take part in the gathers of what was not written: other ranks wait for them."""
+        if self._pending is not None:
+            self._pending.forgo()
+            self._pending = None
+        for _, value in self._tensors:
+            as_lazy(value).forgo()
+
+    def _write(self, bucket: Bucket, flat: torch.Tensor) -> None:
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for place in bucket.placements:
+            tensor, destination = self._next(place.spec), view_of(flat, place)
+            if isinstance(tensor, PlainTensor):
+                copies.append((destination, tensor.tensor))
+            else:
+                tensor.write(destination)
+            self._pending = None
+        if copies:
+            torch._foreach_copy_([to for to, _ in copies], [source for _, source in copies])
+
+    def _next(self, spec: TensorSpec) -> LazyTensor:
+        expected = f"tensor {spec.name} {spec.dtype} {list(spec.shape)}"
+        pair = next(self._tensors, None)
+        if pair is None:
+            raise ValueError(f"expected {expected} next, but named_tensors has ended")
+        name, tensor = pair[0], as_lazy(pair[1])
+        self._pending = tensor
+        if (name, tensor.dtype, tensor.shape) != (spec.name, spec.dtype, spec.shape):
+            raise ValueError(f"expected {expected} next, but got {name} {tensor.dtype} {list(tensor.shape)}")
+        return tensor
+
+
+def view_of(flat: torch.Tensor, place: Placement) -> torch.Tensor:
+    """A tensor's place in its bucket, as that tensor."""
     end = place.byte_offset + place.spec.num_bytes
     return flat[place.byte_offset : end].view(place.spec.dtype).view(place.spec.shape)
-
-
-def _next(place: Placement, tensors: Iterator[tuple[str, torch.Tensor]]) -> torch.Tensor:
-    spec = place.spec
-    expected = f"tensor {spec.name} {spec.dtype} {list(spec.shape)}"
-    pair = next(tensors, None)
-    if pair is None:
-        raise ValueError(f"expected {expected} next, but named_tensors has ended")
-    name, tensor = pair
-    if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
-        raise ValueError(f"expected {expected} next, but got {name} {tensor.dtype} {list(tensor.shape)}")
-    return tensor.detach()

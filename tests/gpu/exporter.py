@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 import torch
 
-from adapter.exports import SHM, Export, allocate
+from adapter.exportable import allocate_flat
+from adapter.exports import SHM, Export, export_of
 from sidecar.v1 import weight_sync_pb2 as pb
 
 BUFFER_BYTES = 4 << 20
@@ -124,7 +125,7 @@ def main() -> None:
     """Export, and print what was seen."""
     exports, open_every = map(int, sys.argv[1:])
     neighbour = torch.full((BUFFER_BYTES,), 255, dtype=torch.uint8, device="cuda")
-    export = allocate(BUFFER_BYTES, torch.device("cuda", torch.cuda.current_device()))
+    export = export_of(allocate_flat(BUFFER_BYTES, torch.device("cuda", torch.cuda.current_device())))
     importer, seen = Importer(), Seen()
     for number in range(WARM_UP):
         export_once(export, number, importer, Seen())

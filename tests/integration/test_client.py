@@ -107,11 +107,11 @@ def test_equal_weights_are_equal_in_the_engine_whatever_the_buckets_and_others_a
 def test_the_second_update_sends_the_digest_alone_and_the_manifest_when_that_is_forgotten(pair: Pair) -> None:
     with clients(pair) as ranks:
         on_all(ranks, send("digest 0"))
-        assert all(client._known is not None for client in ranks)
         on_all(ranks, send("digest 1"))
         for client in ranks:
-            assert client._known is not None
-            client._known = (client._known[0], "0" * 64)  # as after a restart of the sidecar
+            known = client._sender._known
+            assert known._known is not None
+            known.remember(known._known[0], "0" * 64)  # as after a restart of the sidecar
         results = on_all(ranks, send("digest 2"))
         assert not [result for result in results if isinstance(result, Exception)]
         outcome = ranks[0].get_update("digest 2")

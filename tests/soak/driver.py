@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from adapter.bucketed import BUCKETS_IN_FLIGHT
 from adapter.errors import WeightSyncError
+from adapter.staging import DEFAULT_BUFFERS
 from tests.soak import draw, samples
 from tests.soak.content import rank_checksums, whole
 from tests.soak.draw import Step
@@ -154,7 +154,7 @@ class Soak:
         )
         assert not live, f"step {number}: {live} lie in /dev/shm after a healthy update"
         # They go with the server; see ``World.wait_for_helpers``.
-        assert len(dead) <= BUCKETS_IN_FLIGHT * len(world.dead_rank_pids), dead
+        assert len(dead) <= DEFAULT_BUFFERS * len(world.dead_rank_pids), dead
 
 
 def _command(step: Step, rank: int, timeout_s: float, digest: str) -> dict[str, Any]:

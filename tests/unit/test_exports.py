@@ -13,9 +13,11 @@ import psutil
 import pytest
 import torch
 
-from adapter.exports import HostExport, allocate
+from adapter.exportable import allocate_flat
+from adapter.exports import HostExport, export_of
 
 SHM = Path("/dev/shm")
+CPU = torch.device("cpu")
 EXPORTS = 3000
 IMPORTER = """
 import sys, torch
@@ -42,7 +44,7 @@ def files_of_this_process() -> set[str]:
 
 
 def filled_export() -> HostExport:
-    export = HostExport(256)
+    export = HostExport(allocate_flat(256, CPU))
     export.flat.copy_(torch.arange(256, dtype=torch.uint8))
     return export
 
@@ -92,7 +94,7 @@ class Held(NamedTuple):
 
 
 def test_the_host_is_the_place_for_tensors_that_are_not_on_a_gpu() -> None:
-    export = allocate(64, torch.device("cpu"))
+    export = export_of(allocate_flat(64, CPU))
     assert isinstance(export, HostExport)
     assert (export.flat.dtype, export.flat.numel(), export.flat.dim()) == (torch.uint8, 64, 1)
 
@@ -133,7 +135,7 @@ def test_memory_that_nobody_opened_is_reclaimed_and_leaves_no_file() -> None:
 
 
 def test_one_buffer_is_exported_for_ever_with_nothing_piling_up() -> None:
-    export = HostExport(4096)
+    export = HostExport(allocate_flat(4096, CPU))
     with importer() as other:
         assert other.sum_of(export) == int(export.flat.sum(dtype=torch.int64))
         before = Held.now()

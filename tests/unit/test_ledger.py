@@ -20,6 +20,7 @@ from adapter.errors import (
     UpdateStillApplying,
     WeightSyncError,
 )
+from adapter.exportable import allocate_flat
 from adapter.exports import Export, HostExport
 from adapter.ledger import ExportLedger
 from sidecar.v1 import weight_sync_pb2 as pb
@@ -45,7 +46,7 @@ def ledger() -> ExportLedger:
 
 def sent(ledger: ExportLedger) -> tuple[Export, str]:
     """An export that was handed over, and its file's name."""
-    export = HostExport(128)
+    export = HostExport(allocate_flat(128, torch.device("cpu")))
     export.flat.copy_(torch.zeros(128, dtype=torch.uint8))
     name = export.handle().shared_memory.name
     ledger.hold(export, "update", 0)

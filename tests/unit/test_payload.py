@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.multiprocessing import reductions
 
+from adapter.exportable import allocate_flat
 from adapter.exports import HostExport
 from sidecar.manifest import ITEM_SIZES, BucketSpec, TensorSpec
 from sidecar.memory import CudaIpcMemory, Memory, SharedMemory
@@ -63,7 +64,7 @@ class OnlyTheGlobalsOfThePayload(pickle.Unpickler):
 
 def filled_export() -> tuple[HostExport, SharedMemory]:
     """The values in shared memory, a little larger than the bucket, and its handle."""
-    export = HostExport(BUCKET.size_bytes + 64)
+    export = HostExport(allocate_flat(BUCKET.size_bytes + 64, torch.device("cpu")))
     for spec in BUCKET.tensors:
         place = export.flat[spec.byte_offset : spec.end]
         place.view(getattr(torch, spec.dtype)).view(spec.shape).copy_(VALUES[spec.name])

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import adapter
-from adapter import bucketed, client, errors, sidecar_stub
+from adapter import bucketed, client, errors, known_manifest, sending, sidecar_stub
 from sidecar.errors import Reason
 from sidecar.servicer import DTYPES, FEATURES, WeightSyncServicer
 from sidecar.v1 import weight_sync_pb2 as pb
@@ -17,25 +17,27 @@ NOT_USED_BY_THE_ADAPTER: set[str] = set()
 
 def test_the_adapters_names_are_these() -> None:
     assert adapter.__all__ == [
-        "EngineUnreachable", "GenerateClient", "Generation", "IncompatibleSidecar", "LaunchError", "RanksMissing",
+        "EngineUnreachable", "GenerateClient", "Generation", "IncompatibleSidecar", "LaunchError", "MemoryNeed",
+        "MemoryNotExportable", "RanksMissing",
         "SidecarUnreachable", "TensorSpec", "UpdateAborted", "UpdateFailed", "UpdateRefused", "UpdateResult",
-        "UpdateStillApplying", "WeightSyncClient", "WeightSyncError",
+        "UpdateStillApplying", "WeightSyncClient", "WeightSyncError", "allocate_flat",
     ]  # fmt: skip
     assert all(hasattr(adapter, name) for name in adapter.__all__)
 
 
 def test_the_clients_parameters_are_these() -> None:
     assert list(inspect.signature(adapter.WeightSyncClient).parameters) == [
-        "target", "rank", "tp_size", "bucket_bytes", "device",
+        "target", "rank", "tp_size", "bucket_bytes", "staging_buffers", "device", "fused_groups",
+        "allow_expandable_segments",
     ]  # fmt: skip
     assert list(inspect.signature(adapter.WeightSyncClient.update_weights).parameters) == [
-        "self", "named_tensors", "version", "update_id", "specs", "pause_mode",
-        "selector", "verify", "content_digest", "allow_unknown", "allow_missing", "timeout",
+        "self", "named_tensors", "version", "update_id", "specs", "in_place", "check_finite", "pause_mode",
+        "flush_cache", "selector", "verify", "content_digest", "allow_unknown", "allow_missing", "timeout",
     ]  # fmt: skip
 
 
 def test_every_rpc_is_used_by_the_adapter_or_listed_here() -> None:
-    source = "".join(inspect.getsource(module) for module in (client, bucketed, sidecar_stub))
+    source = "".join(inspect.getsource(module) for module in (client, sending, bucketed, sidecar_stub))
     used = set(re.findall(r"\brpc\.(\w+)", source))
     assert used | NOT_USED_BY_THE_ADAPTER == METHODS
     assert not used & NOT_USED_BY_THE_ADAPTER
@@ -54,7 +56,7 @@ def test_the_sidecar_announces_all_that_its_protocol_names() -> None:
 
 def test_the_adapter_tells_errors_apart_by_reasons_that_the_sidecar_has() -> None:
     assert set(errors._BY_REASON) <= set(Reason)
-    assert client.MANIFEST_UNKNOWN in set(Reason)
+    assert known_manifest.MANIFEST_UNKNOWN in set(Reason)
 
 
 def test_every_error_of_the_adapter_is_in_the_tree_at_the_top_of_its_file() -> None:

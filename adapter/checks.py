@@ -1,0 +1,79 @@
+"""What can be wrong with the tensors of an update, told before any byte of it moves.
+
+Pure but for reading the tensors. Invariant: a problem is a ``ValueError`` of one sentence that names the tensor.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from adapter.sources.lazy import LazyTensor
+
+_ELEMENTS_AT_A_TIME = 1 << 22
+_HOLDS_ELEMENTS = (torch.strided,)
+
+
+def check_tensors(tensors: Mapping[str, LazyTensor], device: torch.device) -> None:
+    """Refuse what cannot be copied to ``device``: meta tensors, other layouts, other GPUs, freed memory."""
+    _refuse_forked_cuda(device)
+    for name, tensor in tensors.items():
+        for local in tensor.local_tensors():
+            if problem := _problem(local, device):
+                raise ValueError(f"tensor {name} {problem}")
+
+
+def check_finite(tensors: Mapping[str, LazyTensor]) -> None:
+    """Refuse NaN and infinity, in what this rank itself holds; takes no memory to speak of."""
+    for name, tensor in tensors.items():
+        if not all(_is_finite(local) for local in tensor.local_tensors()):
+            raise ValueError(f"tensor {name} holds NaN or infinity; it was not sent")
+
+
+def is_freed(tensor: torch.Tensor) -> bool:
+    """Whether the memory that ``tensor`` describes is no longer there, as FSDP leaves what it has resharded."""
+    if not tensor.numel():
+        return False
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() < needed
+
+
+def _problem(tensor: torch.Tensor, device: torch.device) -> str:
+    if tensor.is_meta:
+        return "is on the meta device: it has a shape but no values; materialise it first"
+    if tensor.layout not in _HOLDS_ELEMENTS:
+        return f"has the layout {tensor.layout}; make it dense first"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"is on {tensor.device}; move it to a CUDA device or to the host"
+    if tensor.is_cuda and tensor.device != device:
+        return f"is on {tensor.device}, but this rank sends from {device}; move it there, or set device="
+    if is_freed(tensor):
+        return "was freed: its storage is smaller than its shape, as after FSDP has resharded it; gather it first"
+    return ""
+
+
+def _refuse_forked_cuda(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda._is_in_bad_fork():
+        raise ValueError(
+            "this process was forked after CUDA was initialised, so it cannot use the GPU: start trainer ranks with "
+            "the spawn method, or fork before the first CUDA call"
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # Smallest and largest carry NaN and infinity along, without a tensor of booleans.
+    return all(bool(torch.isfinite(torch.stack(torch.aminmax(piece))).all()) for piece in _pieces(tensor.detach()))
+
+
+def _pieces(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    if tensor.element_size() > 1:
+        return (tensor,)
+    return _widened(tensor)
+
+
+def _widened(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Numbers of 8 bits have no minimum of their own in torch."""
+    for piece in torch.split(tensor.reshape(-1), _ELEMENTS_AT_A_TIME):
+        yield piece.to(torch.float32)

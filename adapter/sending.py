@@ -1,0 +1,84 @@
+"""One rank's part of one update, from its buckets to the sidecar's verdict: in one call, or bucket by bucket.
+
+Invariant: whatever goes wrong on this rank, the others are told of it, and none is left waiting for this one, neither
+at the sidecar nor in a gather of the trainer's own process group.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from adapter.bucketed import ABORT_TIMEOUT_S, BucketedSend, Buckets
+from adapter.errors import WeightSyncError
+from adapter.exports import Export
+from adapter.known_manifest import KnownManifest
+from adapter.ledger import ExportLedger
+from adapter.planner import Plan
+from adapter.sidecar_stub import SidecarStub
+from sidecar.v1 import weight_sync_pb2 as pb
+
+
+class UpdateSender:
+    """Sends one rank's updates, one after the other."""
+
+    def __init__(self, stub: SidecarStub, ledger: ExportLedger) -> None:
+        self._stub = stub
+        self._ledger = ledger
+        self._known = KnownManifest()
+
+    def send(self, header: pb.UpdateHeader, buckets: Buckets, timeout_s: float) -> pb.UpdateOutcome:
+        """Send everything; the committed outcome. Raises ``WeightSyncError`` or ``ValueError``."""
+        with self._others_do_not_wait(buckets):
+            if len(buckets.plan.buckets) == 1:
+                outcome = self._in_one_call(header, buckets, timeout_s)
+            else:
+                outcome = BucketedSend(self._stub, self._ledger, self._known, header, buckets, timeout_s).run()
+            self._known.remember(buckets.plan, outcome.manifest_digest)
+        return outcome
+
+    def give_up(self, header: pb.UpdateHeader, buckets: Buckets, cause: BaseException) -> None:
+        """Tell the other ranks, at the sidecar and in their gathers, that this one will not send."""
+        with suppress(WeightSyncError):  # nobody is there, or it has ended already: the cause says why
+            self._join_and_abort(header, buckets.plan, f"{type(cause).__name__}: {cause}"[:512])
+        if isinstance(cause, WeightSyncError | ValueError):
+            buckets.forgo()
+
+    @contextmanager
+    def _others_do_not_wait(self, buckets: Buckets) -> Iterator[None]:
+        try:
+            yield
+        except (WeightSyncError, ValueError):  # others come from the gathers themselves: those have ended
+            buckets.forgo()
+            raise
+
+    def _in_one_call(self, header: pb.UpdateHeader, buckets: Buckets, timeout_s: float) -> pb.UpdateOutcome:
+        reference = self._known.reference(buckets.plan)
+        export, handle = self._filled(header, buckets)
+        request = pb.UpdateWeightsRequest(update=header, manifest=reference, handles=[handle])
+        method = self._stub.rpc.UpdateWeights
+        self._ledger.hold(export, header.update_id, 0)
+        try:
+            outcome = self._known.call(self._stub, method, request, buckets.plan, timeout_s).outcome
+        except WeightSyncError as error:
+            self._ledger.failed(export, 0, error)
+            raise
+        self._ledger.settle_one(export)
+        buckets.check_sources()
+        return outcome
+
+    def _filled(self, header: pb.UpdateHeader, buckets: Buckets) -> tuple[Export, pb.MemoryHandle]:
+        try:
+            export = buckets.fill(0)
+            buckets.expect_end()
+            return export, export.handle()
+        except BaseException as error:
+            with suppress(WeightSyncError):
+                self._join_and_abort(header, buckets.plan, f"{type(error).__name__}: {error}"[:512])
+            raise
+
+    def _join_and_abort(self, header: pb.UpdateHeader, plan: Plan, reason: str) -> None:
+        if header.tp_size == 1:
+            return
+        begin = pb.BeginUpdateRequest(update=header, manifest=self._known.reference(plan))
+        self._known.call(self._stub, self._stub.rpc.BeginUpdate, begin, plan, ABORT_TIMEOUT_S)
+        abort = pb.AbortUpdateRequest(update_id=header.update_id, rank=header.rank, reason=reason)
+        self._stub.call(self._stub.rpc.AbortUpdate, abort, ABORT_TIMEOUT_S)

@@ -1,0 +1,1 @@
+"""Weight sources, on real process groups."""
