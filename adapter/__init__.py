@@ -24,6 +24,7 @@ from adapter.exportable import allocate_flat
 from adapter.generate import GenerateClient, Generation
 from adapter.outgoing import MemoryNeed
 from adapter.planner import TensorSpec
+from adapter.verl_engine import VerlEngine
 from adapter.wire import UpdateResult
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "UpdateRefused",
     "UpdateResult",
     "UpdateStillApplying",
+    "VerlEngine",
     "WeightSyncClient",
     "WeightSyncError",
     "allocate_flat",

@@ -1,28 +1,30 @@
 """Memory that another process can open: where it is allocated, and how to tell whether a tensor lies in such memory.
 
-Invariant: what ``allocate_flat`` returns is exportable, whatever the trainer's allocator is set to: GPU memory has a
-segment of its own, outside torch_memory_saver's regions and outside expandable segments; host memory is a file in
-/dev/shm.
+Invariant: what ``allocate_flat`` returns is exportable, whatever the trainer's allocator is set to, or it raises: GPU
+memory has a segment of its own, outside expandable segments; host memory is a file in /dev/shm. Inside a region of
+torch_memory_saver there is no such memory, and no safe way out of it.
 
 Why a segment of its own: a CUDA IPC handle opens the whole allocation that a tensor lies in, and a process that has it
 open already lowers a second export's counter before it has read it (see ``adapter.exports``). Sources: torch 2.11,
 CUDACachingAllocator (a plain MemPool follows the expandable_segments setting; one that is toggled off gets plain
-segments); torch_memory_saver 0.0.10, entrypoint.py (``disable()`` inside a region).
+segments; a MemPool that is destroyed while any other is in use ends the process, so pools are kept until none is,
+and torch_memory_saver's ``disable()``, which destroys one there, was seen to end it).
 """
 
 import os
 import re
-import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 
 from adapter.errors import MemoryNotExportable
 from adapter.exports import TORCH_HEADER_BYTES, CudaExport
 
+_SMALL_SEGMENT = 2 << 20
+_LARGE_SEGMENT = 20 << 20
 _MAPPED_FILE = re.compile(r"^(?P<start>[0-9a-f]+)-[0-9a-f]+ \S+ 0+ \S+ \d+ +/dev/shm/torch_\S+$", re.MULTILINE)
 
 
@@ -38,12 +40,18 @@ def allocate_flat(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 def segment_bytes(num_bytes: int, device: torch.device) -> int:
-    """What ``allocate_flat`` takes: torch rounds segments up (CUDACachingAllocator, get_allocation_size)."""
+    """What ``allocate_flat`` takes at most: torch rounds segments up (CUDACachingAllocator, get_allocation_size).
+
+    With it goes the smallest segment for each of the surroundings that are tried first.
+    """
     if device.type != "cuda":
         return num_bytes + TORCH_HEADER_BYTES
-    if num_bytes <= 1 << 20:
-        return 2 << 20
-    return max(20 << 20, -(-num_bytes // (2 << 20)) * (2 << 20)) if num_bytes >= 10 << 20 else 20 << 20
+    tried = len(_SURROUNDINGS) * _SMALL_SEGMENT
+    if num_bytes <= _SMALL_SEGMENT // 2:
+        return tried + _SMALL_SEGMENT
+    if num_bytes < _LARGE_SEGMENT // 2:
+        return tried + _LARGE_SEGMENT
+    return tried + -(-num_bytes // _SMALL_SEGMENT) * _SMALL_SEGMENT
 
 
 def is_expandable(handle: bytes) -> bool:
@@ -59,56 +67,60 @@ def is_shared_file(storage: torch.UntypedStorage) -> bool:
 
 
 def _on_gpu(num_bytes: int, device: torch.device) -> torch.Tensor:
-    attempts = (nullcontext, _outside_memory_saver, _without_expandable_segments)
-    problem: MemoryNotExportable | None = None
-    for surroundings in attempts:
-        try:
-            with surroundings():
-                flat = _in_own_segment(num_bytes, device)
-            _try_export(flat)
-        except MemoryNotExportable as error:
-            problem = error
-        else:
-            return flat
-    assert problem is not None
-    raise problem
+    """In the first surroundings in which a small region was seen to be exportable."""
+    obstacle = ""
+    for surroundings in _SURROUNDINGS:
+        with surroundings():
+            obstacle = _obstacle(_in_own_segment(1, device))
+            if not obstacle:
+                return _in_own_segment(num_bytes, device)
+    raise MemoryNotExportable(obstacle)
+
+
+def give_back() -> None:
+    """Return GPU memory of regions that are gone to the system, with all else that torch's allocator keeps unused.
+
+    Inside a foreign pool, such as a region of torch_memory_saver, nothing is returned: then a later call does.
+    """
+    if not _in_foreign_pool():
+        _pools[:] = [(pool, region) for pool, region in _pools if region() is not None]  # the others go, with segments
+    torch.cuda.empty_cache()
+
+
+def _in_foreign_pool() -> bool:
+    """Whether what this thread allocates now comes from a MemPool of somebody else."""
+    probe = torch.empty(1, dtype=torch.uint8, device="cuda")
+    for segment in torch.cuda.memory_snapshot():  # type: ignore[no-untyped-call]
+        if 0 <= probe.data_ptr() - segment["address"] < segment["total_size"]:
+            return tuple(segment["segment_pool_id"]) != (0, 0)
+    return True  # it is nowhere to be seen
+
+
+_pools: list[tuple[torch.cuda.MemPool, ReferenceType[torch.UntypedStorage]]] = []
+"""One for each region of GPU memory, and for those that were dropped since ``give_back``."""
 
 
 def _in_own_segment(num_bytes: int, device: torch.device) -> torch.Tensor:
-    with torch.cuda.use_mem_pool(torch.cuda.MemPool(), device):
-        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool, device):
+        flat = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    _pools.append((pool, ref(flat.untyped_storage())))
+    return flat
 
 
-def _try_export(flat: torch.Tensor) -> None:
-    """Raise ``MemoryNotExportable`` unless ``flat`` has a handle that any process of this user can open."""
+def _obstacle(flat: torch.Tensor) -> str:
     export = CudaExport(flat)
-    handle = export.handle().cuda_ipc.memory_handle
+    try:
+        handle = export.handle().cuda_ipc.memory_handle
+    except MemoryNotExportable as error:
+        return str(error)
     export.reclaim()
-    if is_expandable(handle):
-        raise MemoryNotExportable(
-            "torch allocates in expandable segments, which the engine may have no right to open, and would not be "
-            "told otherwise; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False in the trainer"
-        )
-
-
-def _outside_memory_saver() -> AbstractContextManager[Any]:
-    """Inside a region of torch_memory_saver: outside of it for a moment."""
-    saver: Any = sys.modules.get("torch_memory_saver")
-    return _disabled(saver.torch_memory_saver) if saver is not None else nullcontext()
-
-
-@contextmanager
-def _disabled(saver: Any) -> Iterator[None]:
-    leave = saver.disable()
-    try:
-        leave.__enter__()
-    except AssertionError:  # no region is open here
-        yield
-        return
-    try:
-        yield
-    finally:
-        leave.__exit__(None, None, None)
+    if not is_expandable(handle):
+        return ""
+    return (
+        "torch allocates in expandable segments, which the engine may have no right to open, and would not be told "
+        "otherwise; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False in the trainer"
+    )
 
 
 @contextmanager
@@ -120,3 +132,6 @@ def _without_expandable_segments() -> Iterator[None]:
         yield
     finally:
         torch.cuda.memory._set_allocator_settings(configured or "expandable_segments:True")
+
+
+_SURROUNDINGS = (nullcontext, _without_expandable_segments)

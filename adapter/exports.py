@@ -157,8 +157,9 @@ def _share_cuda(alias: torch.Tensor) -> tuple[Any, ...]:
         shared: tuple[Any, ...] = alias.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise MemoryNotExportable(
-            f"CUDA cannot export this memory on {alias.device} ({str(error).splitlines()[0]}): it comes from "
-            "torch_memory_saver or from another pool of virtual memory; copy it to memory of torch's own allocator"
+            f"CUDA cannot export this memory on {alias.device} ({str(error).splitlines()[0]}): it comes from a region "
+            "of torch_memory_saver, or another pool of virtual memory; allocate what is sent, and call the first "
+            "update, outside of it"
         ) from error
     return shared
 

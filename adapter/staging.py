@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from adapter.exportable import allocate_flat
+from adapter.exportable import allocate_flat, give_back
 from adapter.exports import Export, export_of
 from adapter.planner import Bucket, Placement, Plan, TensorSpec
 from adapter.sources.lazy import LazyTensor, PlainTensor, Sendable
@@ -63,7 +63,7 @@ class StagingBuffers:
             if export is not None and export.released():
                 export.drop()
         if on_gpu:
-            torch.cuda.empty_cache()  # a segment of its own is nobody else's before
+            give_back()  # a segment of its own is nobody else's before
 
     def _is_fit(self, export: Export, size: int, device: torch.device) -> bool:
         if not export.released():

@@ -10,10 +10,10 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from adapter.errors import LaunchError
 from adapter.launch.reaper import Session, process_state, remove_shared_memory, shared_memory_of
@@ -55,10 +55,6 @@ class ProcessFacts:
     def log_tail(self) -> str:
         """The end of its log, as the end of a message."""
         return f"; the end of {self.log_path}:\n{self.log_text()[-_LOG_TAIL_BYTES:].strip()}"
-
-    def to_json(self) -> dict[str, Any]:
-        """For another rank."""
-        return asdict(self)
 
 
 class ManagedProcess:

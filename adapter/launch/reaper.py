@@ -102,16 +102,31 @@ def _processes_of(session: int) -> Iterator[int]:
 
 
 def shared_memory_of(pids: Sequence[int], prefixes: Sequence[str]) -> set[str]:
-    """Names, beginning with one of ``prefixes``, of the shared memory that these processes have mapped."""
-    folder = f"{SHARED_MEMORY}/"
-    names: set[str] = set()
-    for pid in pids if prefixes else ():
-        with contextlib.suppress(OSError):  # it has ended
-            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-                name = line.partition(folder)[2]
-                if name.startswith(tuple(prefixes)) and not name.endswith(" (deleted)"):
-                    names.add(name)
-    return names
+    """Names, beginning with one of ``prefixes``, of the shared memory that these processes have mapped.
+
+    Files are compared, not names: a semaphore is mapped under another name by whoever made it.
+    """
+    mapped = {file for pid in pids if prefixes for file in _mapped_files(pid)}
+    return {name for name, file in _shared_files(tuple(prefixes)) if file in mapped}
+
+
+def _mapped_files(pid: int) -> Iterator[tuple[int, int]]:
+    """Device and inode of the shared memory that a process has mapped."""
+    with contextlib.suppress(OSError):  # it has ended
+        for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+            if f" {SHARED_MEMORY}/" in line:
+                device, inode = line.split()[3:5]
+                major, minor = device.split(":")
+                yield os.makedev(int(major, 16), int(minor, 16)), int(inode)
+
+
+def _shared_files(prefixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name, device and inode."""
+    for name in os.listdir(SHARED_MEMORY) if prefixes else ():
+        if name.startswith(prefixes):
+            with contextlib.suppress(OSError):  # it has gone
+                status = os.stat(SHARED_MEMORY / name)
+                yield name, (status.st_dev, status.st_ino)
 
 
 def remove_shared_memory(names: set[str]) -> None:

@@ -21,7 +21,7 @@ _STACKED = re.compile(r"^(?P<experts>.*\.experts)\.(?P<kind>gate_up_proj|down_pr
 def unstack_experts(named_tensors: NamedTensors, *, dtype: torch.dtype | None = None) -> list[tuple[str, Sendable]]:
     """The pairs, with every stacked tensor of experts replaced by one pair per expert and projection.
 
-    To be applied to the trainer's own tensors, before ``named_weights``. A stack that is a DTensor must be cut by
+    ``named_weights`` does it with ``split_experts``. A stack that is a DTensor must be cut by
     experts, or not at all. ``dtype`` casts the experts on the way.
     """
     unstacked: list[tuple[str, Sendable]] = []

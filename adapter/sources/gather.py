@@ -4,10 +4,13 @@ Invariant: bytes are moved, not numbers, so that every dtype travels over every 
 call with the same row counts, which are known without asking.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+
+_ALL_GATHER: Callable[..., object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""Its name from torch 2.14 on, where the old one warns, or its old name."""
 
 
 def chunk_rows(num_rows: int, num_ranks: int) -> list[int]:
@@ -25,7 +28,7 @@ def gather_rows(local: torch.Tensor, destination: torch.Tensor, rows: Sequence[i
     target = _reachable(destination, group)
     mine = as_bytes(local.to(device=target.device, dtype=target.dtype))
     if len(set(rows)) == 1:
-        dist.all_gather_into_tensor(as_bytes(target), mine, group=group)
+        _ALL_GATHER(as_bytes(target), mine, group=group)
     else:
         _broadcast_in_turn(mine, as_bytes(target), rows, group)
     if target is not destination:

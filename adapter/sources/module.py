@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
+from adapter.sources.experts import unstack_experts
 from adapter.sources.lazy import LazyTensor, NamedTensors, PlainTensor, Sendable
 from adapter.sources.sharded import ChunkedShardedTensor, ShardedDTensor
 
@@ -50,15 +51,20 @@ def named_weights(
     *,
     dtype: torch.dtype | None = None,
     name_map: NameMap | None = None,
+    split_experts: bool = False,
 ) -> list[tuple[str, Sendable]]:
     """What to send for a module (plain, FSDP2, any DTensor), a state dict (FSDP1's sharded one too), or pairs.
 
     ``dtype``: what arrives at the engine; floating-point tensors are cast on the way, before they are gathered.
     ``name_map``: for trainers whose names differ from the checkpoint's.
+    ``split_experts``: for models of transformers 5 that stack a layer's experts though their checkpoint does not
+    (``unstack_experts``); their names are mapped after that.
     A module whose config says tie_word_embeddings is sent without the names that share another one's memory.
     """
     tied = _tied_names(source) if isinstance(source, nn.Module) else frozenset[str]()
-    pairs = ((name, value) for name, value in _pairs(source) if name not in tied)
+    pairs: NamedTensors = [(name, value) for name, value in _pairs(source) if name not in tied]
+    if split_experts:
+        pairs = unstack_experts(pairs, dtype=dtype)
     return [(to, _cast(value, dtype)) for to, value in _renamed(pairs, name_map)]
 
 

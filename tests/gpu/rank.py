@@ -4,6 +4,8 @@
 
 {"do": "update", "version": "3"}   sends the weights; they are negated before every update, so that each differs
 {"do": "stall", "version": "3", "bucket": 2}  sends the buckets before that one, and the rest after one more line
+{"do": "measured", "way": "staged", "version": "3"}  sends them, staged, "in_place" or as "dtensors", and says what
+                                   that took
 {"do": "save", "folder": "/tmp/x"} writes the weights as they are now
 {"do": "memory"}                   what this process's allocator holds, after torch's own clean-up
 {"do": "copy"}                     seconds for a bare copy of all weights on this GPU: the floor of a sync
@@ -11,6 +13,7 @@
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,9 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
-from adapter import TensorSpec, WeightSyncClient, WeightSyncError
+from adapter import TensorSpec, WeightSyncClient, WeightSyncError, allocate_flat
 from adapter.planner import plan
+from adapter.staging import view_of
 from tests.gpu.qwen3 import SHAPES, NamedTensors, Qwen3Shape, random_weights, save_checkpoint
 
 
@@ -55,6 +62,46 @@ class Rank:
             yield from self.weights[before + 1 :]
 
         return asdict(self.client.update_weights(tensors(), specs=specs, version=version, timeout=120))
+
+    def measured(self, way: str, version: str) -> dict[str, Any]:
+        """What one update takes of the GPU, at its peak, against what was stated before it."""
+        tensors = {"staged": self._plain, "in_place": self._in_one_buffer, "dtensors": self._as_dtensors}[way]()
+        self.client.release_staging()
+        stated = self.client.memory_needed(tensors).total
+        torch.cuda.reset_peak_memory_stats()
+        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        result = self.client.update_weights(tensors, version=version, in_place=way == "in_place", timeout=120)
+        grown = torch.cuda.max_memory_allocated() - allocated
+        reserved_grown = torch.cuda.max_memory_reserved() - reserved
+        self.client.release_staging()
+        left = torch.cuda.memory_allocated() - allocated
+        return {
+            "stated": stated,
+            "grown": grown,
+            "reserved_grown": reserved_grown,
+            "left": left,
+            "posts": result.num_posts,
+        }
+
+    def _plain(self) -> NamedTensors:
+        return self.weights
+
+    def _in_one_buffer(self) -> NamedTensors:
+        """The same weights in one piece of exportable memory; they stay there."""
+        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.weights]
+        (bucket,) = plan(specs, 1 << 40).buckets
+        flat = allocate_flat(bucket.num_bytes, self.weights[0][1].device)
+        views = [(place.spec.name, view_of(flat, place)) for place in bucket.placements]
+        for (_, view), (_, tensor) in zip(views, self.weights, strict=True):
+            view.copy_(tensor)
+        self.weights = views
+        return views
+
+    def _as_dtensors(self) -> NamedTensors:
+        """As FSDP2 holds them, over NCCL, on this one GPU."""
+        dist.init_process_group("nccl", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+        mesh = init_device_mesh("cuda", (1,))
+        return [(name, DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)) for name, tensor in self.weights]
 
     def memory(self) -> dict[str, Any]:
         """Bytes that the allocator has given out, and what an engine may still hold."""

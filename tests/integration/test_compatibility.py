@@ -111,12 +111,12 @@ def test_a_newer_sidecars_unknown_features_and_fields_do_no_harm(tmp_path: Path)
 
 def test_a_newer_adapters_field_is_refused_by_name_as_an_incompatible_sidecar(pair: Pair) -> None:
     request = pair.request("from the future")
-    request.update.MergeFromString(b"\x50\x01")  # field 10 = 1
+    request.update.MergeFromString(b"\xf8\x07\x01")  # field 127 = 1
     error = pair.send(request).exception()
     assert isinstance(error, grpc.RpcError)
     typed = from_rpc_error(error, pair.target)
     assert type(typed) is IncompatibleSidecar
-    assert "field 10 of UpdateHeader is unknown to this sidecar" in str(typed)
+    assert "field 127 of UpdateHeader is unknown to this sidecar" in str(typed)
     assert "upgrade the sidecar, or ask only for the features that GetCapabilities lists" in str(typed)
-    assert typed.details["field"] == "10"
+    assert typed.details["field"] == "127"
     pair.assert_untouched()

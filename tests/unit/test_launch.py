@@ -49,6 +49,30 @@ def test_its_shared_memory_goes_with_it_and_nothing_else(tmp_path: Path, killed_
         (Path("/dev/shm") / other).unlink(missing_ok=True)
 
 
+MAKES_A_SEMAPHORE = """
+import multiprocessing, time
+lock = multiprocessing.get_context("spawn").RLock()
+print(lock._semlock.name.removeprefix("/"), flush=True)
+time.sleep(1000)
+"""
+
+
+def test_its_semaphores_go_with_it_though_it_and_their_keeper_are_killed(tmp_path: Path) -> None:
+    process = started(tmp_path, MAKES_A_SEMAPHORE, prefixes=("sem.mp-",))
+    try:
+        process.wait_until(lambda: "mp-" in process.log_text(), 30.0)
+        semaphore = Path("/dev/shm") / f"sem.{process.log_text().strip()}"
+        assert semaphore.exists()
+        for pid in process.session_members():
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait_exit(10.0)
+        assert semaphore.exists()
+        process.stop()
+        assert not semaphore.exists()
+    finally:
+        process.stop()
+
+
 def test_one_that_ends_too_early_says_so_with_the_end_of_its_log(tmp_path: Path) -> None:
     process = started(tmp_path, "print('no such model'); raise SystemExit(3)")
     with pytest.raises(LaunchError, match=rf"the child ended before it was ready; the end of {tmp_path}/log:\nno such"):

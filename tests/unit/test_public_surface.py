@@ -20,7 +20,7 @@ def test_the_adapters_names_are_these() -> None:
         "EngineUnreachable", "GenerateClient", "Generation", "IncompatibleSidecar", "LaunchError", "MemoryNeed",
         "MemoryNotExportable", "RanksMissing",
         "SidecarUnreachable", "TensorSpec", "UpdateAborted", "UpdateFailed", "UpdateRefused", "UpdateResult",
-        "UpdateStillApplying", "WeightSyncClient", "WeightSyncError", "allocate_flat",
+        "UpdateStillApplying", "VerlEngine", "WeightSyncClient", "WeightSyncError", "allocate_flat",
     ]  # fmt: skip
     assert all(hasattr(adapter, name) for name in adapter.__all__)
 

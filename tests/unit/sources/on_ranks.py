@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import init_from_local_shards
 from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
-from adapter.sources import LazyTensor, Sendable, as_lazy, join_shards, unstack_experts
+from adapter.sources import LazyTensor, Sendable, as_lazy, join_shards, named_weights, unstack_experts
 from adapter.sources.gather import chunk_rows
 from adapter.sources.tensor_parallel import Layout
 
@@ -114,3 +115,16 @@ def joined(
             as_lazy(value).forgo()
         return {}
     return {name: written(as_lazy(value)).clone() for name, value in pairs}
+
+
+def fsdp1_arrives_whole(sent: torch.dtype) -> bool:
+    """A real FSDP1 module's sharded state dict, against the module before it was wrapped."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 2))
+    whole = {name: tensor.clone().to(sent) for name, tensor in module.state_dict().items()}
+    wrapped = FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
+    with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.SHARDED_STATE_DICT):
+        sharded = wrapped.state_dict()
+    pairs = dict(named_weights(sharded, dtype=sent))
+    assert pairs.keys() == whole.keys()
+    return all(equal(as_lazy(value), whole[name]) for name, value in pairs.items())

@@ -73,3 +73,8 @@ def test_stacked_experts_arrive_one_by_one(ranks: GlooRanks, num_experts: int, p
             assert torch.equal(arrived[f"{prefix}.gate_proj.weight"], gate_up[expert, :2])
             assert torch.equal(arrived[f"{prefix}.up_proj.weight"], gate_up[expert, 2:])
             assert torch.equal(arrived[f"{prefix}.down_proj.weight"], down[expert])
+
+
+@pytest.mark.parametrize("sent", [torch.float32, torch.bfloat16], ids=str)
+def test_the_sharded_state_dict_of_a_real_fsdp1_module_arrives_whole(ranks: GlooRanks, sent: torch.dtype) -> None:
+    assert all(ranks.call(on_ranks.fsdp1_arrives_whole, sent))
