@@ -34,6 +34,15 @@ WEIGHTS = [("model.embed.weight", torch.arange(8.0))]
 SOON_S = 30.0
 
 
+_of_other_tests: list[psutil.Process] = []
+"""Sidecars that tests of this process share, and that were there before."""
+
+
+@pytest.fixture(autouse=True)
+def _leave_out_what_other_tests_have_started() -> None:
+    _of_other_tests[:] = psutil.Process().children(recursive=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Started:
     """What an engine occupies."""
@@ -189,7 +198,8 @@ def test_a_sidecar_that_does_not_come_up_is_an_error_with_its_log_and_leaves_not
 def _sessions_below(pid: int) -> list[psutil.Process]:
     """The leaders of all sessions that an engine of this process has started; torch has a helper with one, too."""
     below = [child for child in psutil.Process(pid).children(recursive=True) if _lives(child)]
-    return [child for child in below if os.getsid(child.pid) == child.pid and child.name() != "torch_shm_manager"]
+    leaders = [child for child in below if os.getsid(child.pid) == child.pid and child.name() != "torch_shm_manager"]
+    return [child for child in leaders if child not in _of_other_tests]
 
 
 def test_a_port_that_is_in_use_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
