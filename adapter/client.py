@@ -23,6 +23,7 @@ from adapter.errors import EngineUnreachable, UpdateRefused, WeightSyncError
 from adapter.exports import Export
 from adapter.fusion import DEFAULT_RULES, compile_rules
 from adapter.ledger import ExportLedger
+from adapter.lora_client import LoraConfig, LoraSender, config_json
 from adapter.outgoing import MemoryNeed, Outgoing, check_values, outgoing
 from adapter.planner import TensorSpec, plan
 from adapter.sending import UpdateSender
@@ -176,6 +177,53 @@ class WeightSyncClient:
             pause_mode=wire.pause_mode(pause_mode),
         )
         return wire.result(self._stub.call(self._stub.rpc.UpdateWeightsFromDisk, request, timeout).outcome)
+
+    def load_lora_adapter(
+        self,
+        name: str,
+        named_tensors: NamedTensors,
+        config: LoraConfig,
+        *,
+        pinned: bool = False,
+        replace: bool = True,
+        timeout: float = 600.0,
+    ) -> tuple[str, ...]:
+        """Send a LoRA adapter alone, with every other rank; returns the engine's adapters once requests can name it.
+
+        For an engine with --enable-lora. Nothing is paused, and the weight version stays.
+
+        Args:
+            name: what requests call it (``lora_path``).
+            named_tensors: the adapter's tensors, whole, named as in adapter_model.safetensors
+                (``adapter.sources.lora_adapter(model)``).
+            config: adapter_config.json as a dict, or peft's own (``model.peft_config["default"]``).
+            pinned: whether it stays in the engine's pool.
+            replace: take out an adapter of that name first, once the requests that use it have ended; until the new
+                one is there, requests that name it are refused. Without a gap: choose a new name each time.
+            timeout: seconds for all of it. The memory is at most one copy of the adapter.
+
+        Raises:
+            WeightSyncError: the model's own weights and version stand, whatever it is.
+            ValueError: a tensor or config that cannot be sent; nothing was.
+        """
+        self._stub.require(pb.FEATURE_LORA_ADAPTER)
+        request = pb.LoadLoraAdapterRequest(
+            update_id=f"lora {name}"[:128],
+            rank=self.rank,
+            tp_size=self.tp_size,
+            lora_name=name,
+            config_json=config_json(config),
+            pinned=pinned,
+            replace=replace,
+        )
+        device = self._staging_device(self._look_before())
+        return LoraSender(self._stub, self._ledger).load(request, named_tensors, device, timeout)
+
+    def unload_lora_adapter(self, name: str, *, timeout: float = 120.0) -> bool:
+        """Take a LoRA adapter out, once the requests that use it have ended; whether it was there. One rank calls."""
+        self._stub.require(pb.FEATURE_LORA_ADAPTER)
+        request = pb.UnloadLoraAdapterRequest(lora_name=name)
+        return self._stub.call(self._stub.rpc.UnloadLoraAdapter, request, timeout).was_loaded
 
     def check_manifest(
         self, specs: Sequence[TensorSpec], *, allow_unknown: Sequence[str] = (), allow_missing: Sequence[str] = ()

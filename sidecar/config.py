@@ -19,7 +19,7 @@ class Timeouts:
     collect: float = 300.0
     """From the first rank's arrival to the last one's."""
     pause: float = 60.0
-    """Abort mode and drain mode wait for requests to end."""
+    """Abort mode and drain mode wait for requests to end, and so does unloading a LoRA adapter."""
     session: float = 60.0
     """begin_weight_update and end_weight_update, each."""
     bucket: float = 300.0

@@ -10,9 +10,10 @@ from datetime import timedelta
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from sidecar import __version__
+from sidecar import __version__, lora
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import InvalidRequest, Reason
+from sidecar.lora import AdapterSpec
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.manifest_check import Allowance, Report
 from sidecar.memory import CudaIpcMemory, Memory, SharedMemory, bare_uuid
@@ -84,6 +85,25 @@ def disk_header(message: pb.UpdateWeightsFromDiskRequest) -> Header:
         rank=0,
         tp_size=1,
         pause_mode=pause_mode(message.pause_mode, "the caller"),
+    )
+
+
+def lora_header(message: pb.LoadLoraAdapterRequest) -> Header:
+    """A LoRA load's, whose version is the adapter's name."""
+    lora.check_name(message.lora_name, f"rank {message.rank}")
+    return Header(
+        update_id=message.update_id, weight_version=message.lora_name, rank=message.rank, tp_size=message.tp_size
+    )
+
+
+def adapter(message: pb.LoadLoraAdapterRequest) -> AdapterSpec:
+    """The adapter without its tensors."""
+    return lora.parse(
+        message.config_json,
+        name=message.lora_name,
+        pinned=message.pinned,
+        replace=message.replace,
+        rank=message.rank,
     )
 
 

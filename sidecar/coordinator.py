@@ -66,7 +66,7 @@ class Coordinator:
         self._on_ended = on_ended
         self._applier = Applier(engine, self._wait_for_bucket, self._about_to_write, self.changed)
         self._updates = UpdateHistory()
-        self._references = References()
+        self.references = References()
         self._current: Update | None = None
         self._payloads: tuple[BucketPayload, ...] = ()
         self._callers = Callers()
@@ -74,6 +74,7 @@ class Coordinator:
         self._applying: asyncio.Task[None] | None = None
         self._collect_timer: asyncio.TimerHandle | None = None
         self._draining = False
+        self._claimed_by = ""
         self._served = ServedWeights(engine, journal or Journal(None), accept_checkpoint=accept_checkpoint)
         self._recovery = Recovery(engine, self._served, self.changed)
         self.standing = Standing(engine, self._served, lambda: (self._current, self._draining))
@@ -106,8 +107,8 @@ class Coordinator:
 
     async def check(self, known: KnownManifest, allow: Allowance) -> Report:
         """A dry run: what would be wrong with an update of this manifest."""
-        info = await self._engine_info()
-        return await self._references.report(known, info.model_path, allow, selector=None)
+        info = await self.engine_info()
+        return await self.references.report(known, info.model_path, allow, selector=None)
 
     # What a rank does.
 
@@ -129,7 +130,7 @@ class Coordinator:
 
     async def update_from_disk(self, header: Header, model_path: str, budget_s: float) -> Update:
         """The engine loads ``model_path`` (or, if that is empty, what it was started with) as a version of its own."""
-        info = await self._engine_info()
+        info = await self.engine_info()
         header.check(1)
         update = self._updates.get(header.update_id)
         if update is None or update.may_be_tried_again:
@@ -215,14 +216,24 @@ class Coordinator:
             await asyncio.wait([applying], timeout=BREAK_OFF_S)
         return update.state in (UpdateState.COMMITTED, UpdateState.ABORTED)
 
+    def claim(self, by: str) -> None:
+        """Take the place of the one update in hand, for another task; raises ``UpdateConflict``. Until ``release``."""
+        if self._current or self._claimed_by:
+            raise refusals.busy(by, self._claimed_by or f"update {self._current and self._current.id!r}")
+        self._claimed_by = by
+
+    def release(self) -> None:
+        """Updates may come again."""
+        self._claimed_by = ""
+
     # Joining an update.
 
     async def _join(self, header: Header, known: KnownManifest, handles: Mapping[int, Memory]) -> Update:
         """Check everything that can be checked, and only then take the rank into its update."""
-        info = await self._engine_info()
+        info = await self.engine_info()
         header.check(info.tp_size)
         epoch = self._engine.epoch
-        report = await self._references.report(known, info.model_path, header.allow, header.selector)
+        report = await self.references.report(known, info.model_path, header.allow, header.selector)
         self._check_still(epoch, header.update_id)
         if not self._delivered_before(header, handles):  # memory that was read cannot be checked again
             admission.check_handles(handles, known.manifest, header.rank, info.placement)
@@ -234,7 +245,8 @@ class Coordinator:
             self.changed()
         return update
 
-    async def _engine_info(self) -> EngineInfo:
+    async def engine_info(self) -> EngineInfo:
+        """The engine, once it can be given something; raises why it cannot."""
         info = self._engine.info
         if info is None:
             info = await self._engine.probe()
@@ -277,6 +289,8 @@ class Coordinator:
         """Whether an update may begin now."""
         if self._current:
             raise refusals.in_progress(self._current, header)
+        if self._claimed_by:
+            raise refusals.busy(f"update {header.update_id!r} (rank {header.rank})", self._claimed_by)
         admission.check_suits_engine(header, info, num_buckets)
         committed = self._updates.committed(header.weight_version, self._engine.epoch)
         admission.check_version(
@@ -367,7 +381,7 @@ class Coordinator:
         self._current = self._applying = None
         self._payloads = ()
         self._served.ended(update)
-        self._references.ended(update)
+        self.references.ended(update)
         logger.info(
             "update %s (version %s): %s%s",
             update.id,

@@ -8,11 +8,12 @@ read is said in ``Report.unchecked``.
 import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from sidecar import checkpoint, manifest_check
-from sidecar.checkpoint import CheckpointUnreadable
+from sidecar.checkpoint import CheckpointUnreadable, KnownTensor
 from sidecar.manifest_check import Allowance, Reference, Report
 from sidecar.manifest_store import KnownManifest
 from sidecar.update import Selector, Update, UpdateState, Verification
@@ -49,6 +50,11 @@ class References:
                 self._reports.popitem(last=False)
         report = self._reports[key]
         return replace(report, unchecked=(*report.unchecked, problem)) if problem else report
+
+    async def tensors(self, model_path: str) -> tuple[Mapping[str, KnownTensor], str]:
+        """The model's own tensors, or none and why."""
+        reference, _, problem = await asyncio.to_thread(self._reference, model_path)
+        return (reference.tensors, problem) if reference else ({}, problem)
 
     def ended(self, update: Update) -> None:
         """Remember the manifest of an update that was verified, if it was a whole model's."""

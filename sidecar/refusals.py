@@ -7,7 +7,10 @@ touched.
 from sidecar.errors import (
     DeadlinePassed,
     Draining,
+    EngineError,
+    EngineLost,
     EngineRestarted,
+    EngineTimeout,
     InvalidRequest,
     NotKnown,
     RankAlreadyDelivered,
@@ -90,6 +93,83 @@ def in_progress(current: Update, header: Header) -> UpdateConflict:
     return UpdateConflict(
         Reason.UPDATE_IN_PROGRESS, message, rank=header.rank, updateId=header.update_id, current=current.id
     )
+
+
+def busy(wanted: str, with_what: str) -> UpdateConflict:
+    """One thing at a time: an update, or a LoRA adapter."""
+    message = f"{wanted} cannot begin, because {with_what} is in hand; wait for its end and send again; {UNTOUCHED}"
+    return UpdateConflict(Reason.UPDATE_IN_PROGRESS, message, current=with_what)
+
+
+def lora_not_served(url: str) -> UnsuitableEngine:
+    """A server without LoRA."""
+    message = f"the engine at {url} serves no LoRA adapters; start it with --enable-lora, --max-lora-rank and "
+    message += "--lora-target-modules, or send merged weights"
+    return UnsuitableEngine(Reason.ENGINE_UNSUPPORTED, message, engineUrl=url)
+
+
+def lora_one_rank_only(version: str, tp_size: int) -> UnsuitableEngine:
+    """One handle, which every TP rank would open and let go of."""
+    message = (
+        f"SGLang {version} hands one LoRA adapter's memory to all of its {tp_size} TP ranks, and the first to let "
+    )
+    message += "go would take it from the rest; use 0.5.17 or later, or tp_size 1, or send merged weights"
+    return UnsuitableEngine(Reason.ENGINE_UNSUPPORTED, message, version=version, tpSize=tp_size)
+
+
+def lora_name_taken(name: str, loaded: tuple[str, ...]) -> InvalidRequest:
+    """A name that SGLang would not load a second time."""
+    message = f"an adapter {name!r} is loaded already (of {', '.join(loaded)}); say replace, or choose another name"
+    return InvalidRequest(Reason.INVALID_ADAPTER, message, loraName=name)
+
+
+def adapters_differ(load: Update, rank: int) -> UpdateConflict:
+    """Two ranks with two configs."""
+    message = f"{load.id!r}: ranks {load.header.rank} and {rank} differ in the adapter's config, or in pinned or "
+    message += "replace; every rank must send the same; the engine was not touched"
+    return UpdateConflict(Reason.RANKS_DIFFER, message, updateId=load.id, ranks=f"{load.header.rank},{rank}")
+
+
+def lora_load_broke(load: Update, error: EngineError, loaded: tuple[str, ...] | None, *, unloaded: bool) -> EngineError:
+    """A load that came to nothing, and what requests can name now."""
+    name = load.header.weight_version
+    message = f"LoRA adapter {name!r} was not loaded ({error.message})"
+    if loaded is None:
+        message += "; whether requests can name it is unknown"
+    elif name in loaded:
+        message += f"; the engine lists {name!r} all the same"
+    elif unloaded:
+        message += "; the one that it was to replace is unloaded, so requests cannot name it"
+    if isinstance(error, EngineLost) or (loaded and name in loaded):
+        message += "; unload it and load it again"
+    return type(error)(error.reason, message, **error.details)
+
+
+def lora_unwanted(load: Update, why: SyncError) -> UpdateConflict:
+    """Given up between the old adapter's unload and the new one's load."""
+    message = f"{why.message.removesuffix(f'; {UNTOUCHED}')}; the adapter that it was to replace is unloaded already, "
+    message += f"so requests cannot name {load.header.weight_version!r} until it is loaded again"
+    return UpdateConflict(Reason.UPDATE_ABORTED, message, updateId=load.id)
+
+
+def lora_in_use(name: str, late: EngineTimeout, seconds: float) -> EngineTimeout:
+    """An unload that waits for requests."""
+    message = (
+        f"requests that use LoRA adapter {name!r} still ran after {seconds:.1f} s; the engine unloads it when they "
+    )
+    message += "end, and takes no new ones for that name; try again, or wait longer (--pause-timeout)"
+    return EngineTimeout(Reason.ENGINE_TIMEOUT, message, **late.details)
+
+
+def still_unloading(name: str) -> DeadlinePassed:
+    """A caller's deadline that does not stop an unload."""
+    message = f"LoRA adapter {name!r} is still being unloaded: the engine waits for the requests that use it; ask again"
+    return DeadlinePassed(Reason.STILL_APPLYING, message, loraName=name)
+
+
+def died_of(lost: EngineLost) -> EngineRestarted:
+    """A call that was lost with its server."""
+    return EngineRestarted(Reason.ENGINE_RESTARTED, f"{lost.message}; it has died since", **lost.details)
 
 
 def id_reused(update: Update, rank: int) -> RankAlreadyDelivered:

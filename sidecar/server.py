@@ -17,12 +17,13 @@ from grpc_reflection.v1alpha import reflection
 
 from sidecar.config import Address, ServeConfig
 from sidecar.coordinator import Coordinator
-from sidecar.engine.sglang import SGLangEngine
+from sidecar.engine.lora import LoraEngine
 from sidecar.engine.watch import EngineWatch
 from sidecar.health import Health
 from sidecar.interceptors import ErrorInterceptor
 from sidecar.journal import Journal
 from sidecar.listening import listen
+from sidecar.lora_loader import LoraLoader
 from sidecar.manifest_store import ManifestStore
 from sidecar.metrics import Metrics
 from sidecar.servicer import SERVICE_NAME, WeightSyncServicer
@@ -38,7 +39,7 @@ class SidecarServer:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        self._engine = SGLangEngine(config.engine_url, config.timeouts, config.gpu_uuids)
+        self._engine = LoraEngine(config.engine_url, config.timeouts, config.gpu_uuids)
         self._metrics = Metrics()
         self._coordinator = Coordinator(
             self._engine,
@@ -48,6 +49,7 @@ class SidecarServer:
             Journal(config.journal),
             accept_checkpoint=config.accept_checkpoint,
         )
+        self._lora = LoraLoader(self._engine, config.timeouts, self._coordinator)
         self._watch = EngineWatch(self._engine, self._coordinator.engine_changed)
         self._health = Health()
         self._state_changed = asyncio.Event()
@@ -87,7 +89,8 @@ class SidecarServer:
     async def _drain(self) -> bool:
         logger.info("stopping: no new update; %.0f s for the one in hand", self._config.drain_s)
         await self._health.drain()
-        clean = await self._coordinator.drain(self._config.drain_s)
+        seconds = self._config.drain_s
+        clean, _ = await asyncio.gather(self._coordinator.drain(seconds), self._lora.drain(seconds))
         if not clean:
             logger.error("stopping in the middle of an update: the engine is left paused, with mixed weights")
         await self._server.stop(STOP_GRACE_S)
@@ -110,7 +113,7 @@ class SidecarServer:
             ("grpc.max_receive_message_length", self._config.max_message_bytes),
         ]
         server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
-        servicer = WeightSyncServicer(self._coordinator, ManifestStore(), self._config.timeouts)
+        servicer = WeightSyncServicer(self._coordinator, self._lora, ManifestStore(), self._config.timeouts)
         pb_grpc.add_WeightSyncServiceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name

@@ -5,8 +5,10 @@ import grpc
 from sidecar import __version__, convert
 from sidecar.config import Timeouts
 from sidecar.coordinator import Coordinator
-from sidecar.errors import InvalidRequest, Reason
+from sidecar.errors import InvalidRequest, NotKnown, Reason
+from sidecar.lora_loader import LoraLoader
 from sidecar.manifest_store import KnownManifest, ManifestStore
+from sidecar.update import Update
 from sidecar.v1 import weight_sync_pb2 as pb
 from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
 
@@ -24,8 +26,11 @@ Context = grpc.aio.ServicerContext[object, object]
 class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
     """``sidecar.v1.WeightSyncService``; see the proto for each call."""
 
-    def __init__(self, coordinator: Coordinator, manifests: ManifestStore, timeouts: Timeouts) -> None:
+    def __init__(
+        self, coordinator: Coordinator, loader: LoraLoader, manifests: ManifestStore, timeouts: Timeouts
+    ) -> None:
         self._coordinator = coordinator
+        self._lora = loader
         self._manifests = manifests
         self._longest_s = timeouts.total
 
@@ -103,7 +108,31 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
 
     async def GetUpdate(self, request: pb.GetUpdateRequest, context: Context) -> pb.GetUpdateResponse:
         convert.refuse_unknown_fields(request)
-        return pb.GetUpdateResponse(outcome=convert.outcome(self._coordinator.find(request.update_id)))
+        return pb.GetUpdateResponse(outcome=convert.outcome(self._find(request.update_id)))
+
+    async def LoadLoraAdapter(self, request: pb.LoadLoraAdapterRequest, context: Context) -> pb.LoadLoraAdapterResponse:
+        convert.refuse_unknown_fields(request)
+        header = convert.lora_header(request)
+        if request.give_up:
+            load = await self._lora.give_up(header, request.give_up)
+        else:
+            spec, memory = convert.adapter(request), convert.memory(request.handle, request.rank, 0)
+            known = await self._manifest(request.manifest, request.rank)
+            load = await self._lora.load(header, spec, known, memory, self._budget(context))
+        return pb.LoadLoraAdapterResponse(outcome=convert.outcome(load), loaded_adapters=await self._lora.loaded())
+
+    async def UnloadLoraAdapter(
+        self, request: pb.UnloadLoraAdapterRequest, context: Context
+    ) -> pb.UnloadLoraAdapterResponse:
+        convert.refuse_unknown_fields(request)
+        was_loaded = await self._lora.unload(request.lora_name, self._budget(context))
+        return pb.UnloadLoraAdapterResponse(was_loaded=was_loaded)
+
+    def _find(self, update_id: str) -> Update:
+        try:
+            return self._coordinator.find(update_id)
+        except NotKnown:
+            return self._lora.find(update_id)
 
     async def _manifest(self, reference: pb.ManifestReference, rank: int) -> KnownManifest:
         match reference.WhichOneof("reference"):

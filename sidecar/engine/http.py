@@ -123,11 +123,11 @@ def _was_never_sent(error: requests.exceptions.RequestException) -> bool:
 
 
 def _message_of(response: requests.Response) -> str:
-    """SGLang's own words: JSON with "message", or plain text."""
+    """SGLang's own words: JSON with "message" ("error_message" of adapters), or plain text."""
     try:
         said = response.json()
     except requests.exceptions.JSONDecodeError:
         said = response.text
     if isinstance(said, dict):
-        said = said.get("message", said)
+        said = said.get("message") or said.get("error_message") or said
     return " ".join(str(said).split())[:MAX_MESSAGE]

@@ -31,6 +31,9 @@ SHOWS_READY_SINCE = Version("0.5.20")
 """GET /ready: whether requests are taken (srt/entrypoints/http_server.py)."""
 
 
+LORA_BY_RANK_SINCE = Version("0.5.17")
+"""/load_lora_adapter_from_tensors takes one payload per TP rank; before, one for all (srt/managers/io_struct.py)."""
+
 # Newest first: a release follows the first whose name it is not older than.
 DIALECTS = (
     Dialect("0.5.21", uses_sessions=True, has_selector=True),
@@ -55,6 +58,10 @@ class EngineInfo:
     """Whether GET /ready tells if requests are taken."""
     speculative: bool = False
     """Whether it has a draft model, so that an update must say which model it is for."""
+    serves_lora: bool = False
+    """Whether it was started with --enable-lora (or with --lora-paths)."""
+    lora_by_rank: bool = True
+    """Whether each of its TP ranks is given a LoRA adapter of its own to open."""
     model_path: str = field(default="", compare=False)
     """What it was started with, as far as it was seen before a load from disk."""
     process: str = field(default="", compare=False)
@@ -93,6 +100,8 @@ def parse(server_info: Mapping[str, Any]) -> EngineInfo:
         seed=str(server_info.get("random_seed", "")),
         shows_ready=_is_since(version, SHOWS_READY_SINCE),
         speculative=bool(server_info.get("speculative_algorithm")),
+        serves_lora=bool(server_info.get("enable_lora")),
+        lora_by_rank=_is_since(version, LORA_BY_RANK_SINCE),
         model_path=str(server_info.get("model_path") or ""),
         unsupported=unsupported or _unsupported_layout(server_info, dialect),
     )

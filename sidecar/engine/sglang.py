@@ -205,7 +205,7 @@ class SGLangEngine(EngineLife):
             with self._noticing_death():
                 await self._steps.get("/server_info", limit_s)
 
-        await _again(look, _broke)  # a server that is being killed takes connections for a moment still
+        await again(look, broke)  # a server that is being killed takes connections for a moment still
         await self.probe()
 
     async def end(self) -> None:
@@ -248,7 +248,7 @@ class SGLangEngine(EngineLife):
         async def ask() -> dict[str, Any]:
             return await self._ask("/weights_checker", {"action": "checksum"}, self._timeouts.verify)
 
-        answer = await _again(ask, _broke)  # changes nothing
+        answer = await again(ask, broke)  # changes nothing
         # With DP attention every replica answers, each for all TP ranks.
         by_rank = {_tp_rank(rank, place): dict(rank["checksums"]) for place, rank in enumerate(answer["ranks"])}
         return [by_rank[rank] for rank in sorted(by_rank)]
@@ -265,7 +265,7 @@ class SGLangEngine(EngineLife):
                 if not await self.serves(weight_version):
                     raise
 
-        await _again(post, _was_not_done)
+        await again(post, _was_not_done)
         self._published(weight_version)
 
     async def serves(self, weight_version: str) -> bool:
@@ -284,7 +284,7 @@ class SGLangEngine(EngineLife):
 
     async def resume(self) -> None:
         """Let generation go on."""
-        await _again(lambda: self._post("/continue_generation", {}, self._timeouts.resume), _was_not_done)
+        await again(lambda: self._post("/continue_generation", {}, self._timeouts.resume), _was_not_done)
         self._resumed()
 
     def close(self) -> None:
@@ -324,7 +324,7 @@ class SGLangEngine(EngineLife):
             raise EngineRestarted(Reason.ENGINE_RESTARTED, message, engineUrl=self.url)
 
 
-async def _again(call: Callable[[], Awaitable[T]], worth_it: Callable[[EngineError], bool]) -> T:
+async def again(call: Callable[[], Awaitable[T]], worth_it: Callable[[EngineError], bool]) -> T:
     """The answer to a ``call`` that changes nothing when repeated, in a few tries; the last one's error counts."""
     for _ in range(IDEMPOTENT_TRIES - 1):
         try:
@@ -336,7 +336,7 @@ async def _again(call: Callable[[], Awaitable[T]], worth_it: Callable[[EngineErr
     return await call()
 
 
-def _broke(error: EngineError) -> bool:
+def broke(error: EngineError) -> bool:
     """An answer that was lost, but not one that had its time: that would take as long again."""
     return isinstance(error, EngineLost) and not isinstance(error, EngineTimeout)
 

@@ -250,6 +250,8 @@ class _FeatureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Feature.Value
     """HoldUpdate."""
     FEATURE_KEEP_CACHE: _Feature.ValueType  # 12
     """UpdateHeader.keep_cache."""
+    FEATURE_LORA_ADAPTER: _Feature.ValueType  # 13
+    """LoadLoraAdapter and UnloadLoraAdapter."""
 
 class Feature(_Feature, metaclass=_FeatureEnumTypeWrapper):
     """Something this sidecar's protocol can do. Absent means that an adapter must not ask for it."""
@@ -280,6 +282,8 @@ FEATURE_HOLD_UPDATE: Feature.ValueType  # 11
 """HoldUpdate."""
 FEATURE_KEEP_CACHE: Feature.ValueType  # 12
 """UpdateHeader.keep_cache."""
+FEATURE_LORA_ADAPTER: Feature.ValueType  # 13
+"""LoadLoraAdapter and UnloadLoraAdapter."""
 Global___Feature: _TypeAlias = Feature  # noqa: Y015
 
 class _SidecarState:
@@ -1568,6 +1572,150 @@ class CheckManifestResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckManifestResponse: _TypeAlias = CheckManifestResponse  # noqa: Y015
+
+@_typing.final
+class LoadLoraAdapterRequest(_message.Message):
+    """See WeightSyncService.LoadLoraAdapter. All but rank and handle is the same on every rank."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPDATE_ID_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    TP_SIZE_FIELD_NUMBER: _builtins.int
+    LORA_NAME_FIELD_NUMBER: _builtins.int
+    CONFIG_JSON_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    HANDLE_FIELD_NUMBER: _builtins.int
+    GIVE_UP_FIELD_NUMBER: _builtins.int
+    update_id: _builtins.str
+    """Names the load; chosen by the trainer, the same on every rank, at most 128 printable characters. It may be used
+    again once the load has ended: the very same call gets its answer again, another one is another load.
+    """
+    rank: _builtins.int
+    """This call's TP rank: 0 .. tp_size - 1. Its memory is read by the engine's TP rank of the same number."""
+    tp_size: _builtins.int
+    """How many ranks the trainer sends from; must be the engine's tp_size. Before SGLang 0.5.17 only 1 is possible."""
+    lora_name: _builtins.str
+    """What requests call it (lora_path), 1 to 128 printable characters."""
+    config_json: _builtins.str
+    """PEFT's adapter_config.json: a JSON object of at most 64 KiB. The engine is given of it what SGLang knows: r,
+    lora_alpha and target_modules; what would change the result otherwise (rank_pattern, DoRA, biases) is refused.
+    """
+    pinned: _builtins.bool
+    """Whether it stays in the engine's pool of adapters."""
+    replace: _builtins.bool
+    """Whether an adapter of that name is unloaded first, once the requests that use it have ended. Until the new one is
+    there, requests that name it are refused by the engine. Without it, a name that is taken is refused.
+    """
+    give_up: _builtins.str
+    """Not empty: this rank gives the load up for all of them, for this reason. It then brings neither manifest nor handle."""
+    @_builtins.property
+    def manifest(self) -> Global___ManifestReference:
+        """One bucket with the adapter's tensors, named as in PEFT's adapter_model.safetensors: whole, not a rank's shard."""
+
+    @_builtins.property
+    def handle(self) -> Global___MemoryHandle:
+        """This rank's memory for that bucket. On a CPU engine the adapter goes on to live in it: the sender drops its share
+        and never writes it again.
+        """
+
+    def __init__(
+        self,
+        *,
+        update_id: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        tp_size: _builtins.int = ...,
+        lora_name: _builtins.str = ...,
+        config_json: _builtins.str = ...,
+        pinned: _builtins.bool = ...,
+        replace: _builtins.bool = ...,
+        manifest: Global___ManifestReference | None = ...,
+        handle: Global___MemoryHandle | None = ...,
+        give_up: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "give_up", b"give_up", "handle", b"handle", "lora_name", b"lora_name", "manifest", b"manifest", "pinned", b"pinned", "rank", b"rank", "replace", b"replace", "tp_size", b"tp_size", "update_id", b"update_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadLoraAdapterRequest: _TypeAlias = LoadLoraAdapterRequest  # noqa: Y015
+
+@_typing.final
+class LoadLoraAdapterResponse(_message.Message):
+    """See WeightSyncService.LoadLoraAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    LOADED_ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcome(self) -> Global___UpdateOutcome:
+        """Of the load: weight_version is the adapter's name; num_posted 1 if the engine may have seen the memory."""
+
+    @_builtins.property
+    def loaded_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The adapters that the engine has now, by name."""
+
+    def __init__(
+        self,
+        *,
+        outcome: Global___UpdateOutcome | None = ...,
+        loaded_adapters: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loaded_adapters", b"loaded_adapters", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadLoraAdapterResponse: _TypeAlias = LoadLoraAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UnloadLoraAdapterRequest(_message.Message):
+    """See WeightSyncService.UnloadLoraAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LORA_NAME_FIELD_NUMBER: _builtins.int
+    lora_name: _builtins.str
+    """The adapter's name."""
+    def __init__(
+        self,
+        *,
+        lora_name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lora_name", b"lora_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadLoraAdapterRequest: _TypeAlias = UnloadLoraAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UnloadLoraAdapterResponse(_message.Message):
+    """See WeightSyncService.UnloadLoraAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAS_LOADED_FIELD_NUMBER: _builtins.int
+    was_loaded: _builtins.bool
+    """Whether it was there. If not, nothing was done."""
+    def __init__(
+        self,
+        *,
+        was_loaded: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_loaded", b"was_loaded"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadLoraAdapterResponse: _TypeAlias = UnloadLoraAdapterResponse  # noqa: Y015
 
 @_typing.final
 class GetUpdateRequest(_message.Message):

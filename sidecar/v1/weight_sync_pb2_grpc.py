@@ -85,6 +85,16 @@ class WeightSyncServiceStub:
                 request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.CheckManifestRequest.SerializeToString,
                 response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.CheckManifestResponse.FromString,
                 _registered_method=True)
+        self.LoadLoraAdapter = channel.unary_unary(
+                '/sidecar.v1.WeightSyncService/LoadLoraAdapter',
+                request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.LoadLoraAdapterRequest.SerializeToString,
+                response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.LoadLoraAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadLoraAdapter = channel.unary_unary(
+                '/sidecar.v1.WeightSyncService/UnloadLoraAdapter',
+                request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.UnloadLoraAdapterRequest.SerializeToString,
+                response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.UnloadLoraAdapterResponse.FromString,
+                _registered_method=True)
         self.GetUpdate = channel.unary_unary(
                 '/sidecar.v1.WeightSyncService/GetUpdate',
                 request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.GetUpdateRequest.SerializeToString,
@@ -172,8 +182,26 @@ class WeightSyncServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadLoraAdapter(self, request, context):
+        """Brings a LoRA adapter alone into a running engine (SGLang's --enable-lora): returns when requests can name it, or
+        with the reason why not. Nothing is paused and no weight of the model changes. Every TP rank calls once, in any
+        order; not while an update is in hand.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadLoraAdapter(self, request, context):
+        """Takes a LoRA adapter out of the engine, once the requests that use it have ended. One caller is enough, whatever
+        the engine's tp_size; more do no harm.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetUpdate(self, request, context):
-        """The outcome of an update by its id, also after the caller that made it has gone. The last 64 are kept.
+        """The outcome of an update, or of a LoRA adapter's load, by its id, also after the caller that made it has gone. The
+        last 64 of each are kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,6 +259,16 @@ def add_WeightSyncServiceServicer_to_server(servicer, server):
                     servicer.CheckManifest,
                     request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.CheckManifestRequest.FromString,
                     response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.CheckManifestResponse.SerializeToString,
+            ),
+            'LoadLoraAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadLoraAdapter,
+                    request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.LoadLoraAdapterRequest.FromString,
+                    response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.LoadLoraAdapterResponse.SerializeToString,
+            ),
+            'UnloadLoraAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadLoraAdapter,
+                    request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.UnloadLoraAdapterRequest.FromString,
+                    response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.UnloadLoraAdapterResponse.SerializeToString,
             ),
             'GetUpdate': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUpdate,
@@ -509,6 +547,60 @@ class WeightSyncService:
             '/sidecar.v1.WeightSyncService/CheckManifest',
             sidecar_dot_v1_dot_weight__sync__pb2.CheckManifestRequest.SerializeToString,
             sidecar_dot_v1_dot_weight__sync__pb2.CheckManifestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadLoraAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecar.v1.WeightSyncService/LoadLoraAdapter',
+            sidecar_dot_v1_dot_weight__sync__pb2.LoadLoraAdapterRequest.SerializeToString,
+            sidecar_dot_v1_dot_weight__sync__pb2.LoadLoraAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadLoraAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecar.v1.WeightSyncService/UnloadLoraAdapter',
+            sidecar_dot_v1_dot_weight__sync__pb2.UnloadLoraAdapterRequest.SerializeToString,
+            sidecar_dot_v1_dot_weight__sync__pb2.UnloadLoraAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -74,8 +74,19 @@ class WeightSyncServiceStub:
     """
     CheckManifest: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.CheckManifestRequest, _weight_sync_pb2.CheckManifestResponse]
     """A dry run: what would be wrong with an update of this manifest. Nothing is loaded and nothing is paused."""
+    LoadLoraAdapter: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.LoadLoraAdapterRequest, _weight_sync_pb2.LoadLoraAdapterResponse]
+    """Brings a LoRA adapter alone into a running engine (SGLang's --enable-lora): returns when requests can name it, or
+    with the reason why not. Nothing is paused and no weight of the model changes. Every TP rank calls once, in any
+    order; not while an update is in hand.
+    """
+    UnloadLoraAdapter: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.UnloadLoraAdapterRequest, _weight_sync_pb2.UnloadLoraAdapterResponse]
+    """Takes a LoRA adapter out of the engine, once the requests that use it have ended. One caller is enough, whatever
+    the engine's tp_size; more do no harm.
+    """
     GetUpdate: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.GetUpdateRequest, _weight_sync_pb2.GetUpdateResponse]
-    """The outcome of an update by its id, also after the caller that made it has gone. The last 64 are kept."""
+    """The outcome of an update, or of a LoRA adapter's load, by its id, also after the caller that made it has gone. The
+    last 64 of each are kept.
+    """
 
 @_typing.type_check_only
 class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
@@ -113,8 +124,19 @@ class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
     """
     CheckManifest: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.CheckManifestRequest, _weight_sync_pb2.CheckManifestResponse]  # type: ignore[assignment]
     """A dry run: what would be wrong with an update of this manifest. Nothing is loaded and nothing is paused."""
+    LoadLoraAdapter: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.LoadLoraAdapterRequest, _weight_sync_pb2.LoadLoraAdapterResponse]  # type: ignore[assignment]
+    """Brings a LoRA adapter alone into a running engine (SGLang's --enable-lora): returns when requests can name it, or
+    with the reason why not. Nothing is paused and no weight of the model changes. Every TP rank calls once, in any
+    order; not while an update is in hand.
+    """
+    UnloadLoraAdapter: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.UnloadLoraAdapterRequest, _weight_sync_pb2.UnloadLoraAdapterResponse]  # type: ignore[assignment]
+    """Takes a LoRA adapter out of the engine, once the requests that use it have ended. One caller is enough, whatever
+    the engine's tp_size; more do no harm.
+    """
     GetUpdate: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.GetUpdateRequest, _weight_sync_pb2.GetUpdateResponse]  # type: ignore[assignment]
-    """The outcome of an update by its id, also after the caller that made it has gone. The last 64 are kept."""
+    """The outcome of an update, or of a LoRA adapter's load, by its id, also after the caller that made it has gone. The
+    last 64 of each are kept.
+    """
 
 class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
     """Brings one trainer's weights into one SGLang server."""
@@ -211,11 +233,34 @@ class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
         """A dry run: what would be wrong with an update of this manifest. Nothing is loaded and nothing is paused."""
 
     @_abc_1.abstractmethod
+    def LoadLoraAdapter(
+        self,
+        request: _weight_sync_pb2.LoadLoraAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weight_sync_pb2.LoadLoraAdapterResponse, _abc.Awaitable[_weight_sync_pb2.LoadLoraAdapterResponse]]:
+        """Brings a LoRA adapter alone into a running engine (SGLang's --enable-lora): returns when requests can name it, or
+        with the reason why not. Nothing is paused and no weight of the model changes. Every TP rank calls once, in any
+        order; not while an update is in hand.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadLoraAdapter(
+        self,
+        request: _weight_sync_pb2.UnloadLoraAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weight_sync_pb2.UnloadLoraAdapterResponse, _abc.Awaitable[_weight_sync_pb2.UnloadLoraAdapterResponse]]:
+        """Takes a LoRA adapter out of the engine, once the requests that use it have ended. One caller is enough, whatever
+        the engine's tp_size; more do no harm.
+        """
+
+    @_abc_1.abstractmethod
     def GetUpdate(
         self,
         request: _weight_sync_pb2.GetUpdateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weight_sync_pb2.GetUpdateResponse, _abc.Awaitable[_weight_sync_pb2.GetUpdateResponse]]:
-        """The outcome of an update by its id, also after the caller that made it has gone. The last 64 are kept."""
+        """The outcome of an update, or of a LoRA adapter's load, by its id, also after the caller that made it has gone. The
+        last 64 of each are kept.
+        """
 
 def add_WeightSyncServiceServicer_to_server(servicer: WeightSyncServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -68,6 +68,12 @@ def outcome(reply: requests.Response) -> tuple[int, bool, str]:
     return reply.status_code, body["success"], body["message"]
 
 
+def adapter_outcome(reply: requests.Response) -> tuple[int, bool, str, dict[str, str] | None]:
+    """Status, success, message and what is loaded, of whatever touches LoRA adapters."""
+    body = reply.json()
+    return reply.status_code, body["success"], body["error_message"], body["loaded_adapters"]
+
+
 def is_schema_error(reply: requests.Response, problem: str) -> bool:
     """Whether this is the 400 of a body that does not fit, saying ``problem``."""
     body = reply.json()

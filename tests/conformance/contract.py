@@ -11,7 +11,7 @@ Invariant: no check loads weights, and none does what would kill some release.
 import time
 from collections.abc import Callable
 
-from tests.conformance.client import EngineUnderTest, is_schema_error, outcome
+from tests.conformance.client import EngineUnderTest, adapter_outcome, is_schema_error, outcome
 
 Check = Callable[[EngineUnderTest], None]
 
@@ -22,6 +22,7 @@ FLUSHED = (
 A_MOMENT_S = 0.3
 # An empty dict, pickled: nothing that any release would get to load outside a session.
 HARMLESS = "gAR9Lg=="
+LOAD_ADAPTER, UNLOAD_ADAPTER = "/load_lora_adapter_from_tensors", "/unload_lora_adapter"
 PROBE = {"names": [], "dtypes": [], "shapes": [], "group_name": "probe", "flush_cache": False}
 
 
@@ -278,6 +279,54 @@ def an_unpaused_session_waits_for_requests_in_flight(engine: EngineUnderTest) ->
     assert finished
 
 
+def adapter(engine: EngineUnderTest) -> dict[str, object]:
+    """A body for loading one, whose payload holds no tensors."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["o_proj"]}
+    by_rank = engine.since("0.5.17")
+    tensors = {"serialized_named_tensors": [HARMLESS]} if by_rank else {"serialized_tensors": HARMLESS}
+    return {"lora_name": "none", "config_dict": config, **tensors}
+
+
+def adapters_need_a_server_that_was_started_for_them(engine: EngineUnderTest) -> None:
+    assert engine.get("/server_info").json()["enable_lora"] is None
+    for path, body in ((LOAD_ADAPTER, adapter(engine)), (UNLOAD_ADAPTER, {"lora_name": "none"})):
+        status, success, text, loaded = adapter_outcome(engine.post(path, body))
+        assert (status, success, text[:19], loaded) == (400, False, "LoRA is not enabled", None)
+    (base,) = engine.get("/v1/models").json()["data"]
+    assert base["parent"] is None
+
+
+def one_payload_per_rank_since_0_5_17(engine: EngineUnderTest) -> None:
+    fields = ("serialized_named_tensors", "serialized_tensors")
+    needed, other = fields if engine.since("0.5.17") else fields[::-1]
+    body = adapter(engine)
+    assert is_schema_error(engine.post(LOAD_ADAPTER, {**body, needed: 3}), needed)
+    del body[needed]
+    assert is_schema_error(engine.post(LOAD_ADAPTER, {**body, other: [HARMLESS]}), "'missing'")
+    assert is_schema_error(engine.post(UNLOAD_ADAPTER), "'missing'")
+
+
+def an_adapter_that_is_not_there_cannot_be_unloaded(engine: EngineUnderTest) -> None:
+    assert engine.get("/server_info").json()["enable_lora"] is True
+    status, success, text, loaded = adapter_outcome(engine.post(UNLOAD_ADAPTER, {"lora_name": "no-such-adapter"}))
+    assert (status, success, loaded) == (400, False, None)
+    assert "LoRA with name no-such-adapter does not exist" in text
+    assert [model["parent"] for model in engine.get("/v1/models").json()["data"]] == [None]
+
+
+def a_request_for_an_adapter_that_is_not_there_is_refused(engine: EngineUnderTest) -> None:
+    reply = engine.post("/generate", {"input_ids": [1, 2], "lora_path": "no-such-adapter"})
+    assert reply.status_code == 400
+    assert "no-such-adapter" in reply.text
+
+
+LORA_CHECKS: tuple[Check, ...] = (
+    an_adapter_that_is_not_there_cannot_be_unloaded,
+    a_request_for_an_adapter_that_is_not_there_is_refused,
+    one_payload_per_rank_since_0_5_17,
+)
+"""For a server that was started with --enable-lora and has no adapter."""
+
 CHECKS: tuple[Check, ...] = (
     model_info_tells_the_weight_version,
     server_info_describes_the_layout,
@@ -304,4 +353,6 @@ CHECKS: tuple[Check, ...] = (
     a_load_from_a_missing_folder_is_refused,
     publishing_aborts_every_request_unless_told_not_to,
     an_unpaused_session_waits_for_requests_in_flight,
+    adapters_need_a_server_that_was_started_for_them,
+    one_payload_per_rank_since_0_5_17,
 )

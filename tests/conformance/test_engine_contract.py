@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from tests.conformance.client import EngineUnderTest
-from tests.conformance.contract import CHECKS, Check
+from tests.conformance.contract import CHECKS, LORA_CHECKS, Check
 from tests.fakes import ScriptedEngine
 from tests.fakes.dialects import RELEASES
 
@@ -33,3 +33,14 @@ def engine_under_test(request: pytest.FixtureRequest) -> Iterator[EngineUnderTes
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_engine_keeps_the_contract(check: Check, engine_under_test: EngineUnderTest) -> None:
     check(engine_under_test)
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def engine_with_lora(request: pytest.FixtureRequest) -> Iterator[EngineUnderTest]:
+    with ScriptedEngine(request.param, server_info={"enable_lora": True}) as engine:
+        yield EngineUnderTest(engine.url, request.param, 1)
+
+
+@pytest.mark.parametrize("check", LORA_CHECKS, ids=lambda check: check.__name__)
+def test_an_engine_with_lora_keeps_the_contract(check: Check, engine_with_lora: EngineUnderTest) -> None:
+    check(engine_with_lora)

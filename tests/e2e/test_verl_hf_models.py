@@ -100,9 +100,10 @@ def test_the_server_says_what_the_trained_model_says(name: str, tmp_path: Path) 
                 assert losses[-1] < losses[0], "it really learns"
             assert trainer.send()["num_posts"] > 1
             tokens, logprobs = trainer.own()
-            assert trainer.generated() == (tokens, pytest.approx(logprobs, abs=LOGPROB_TOLERANCE))
-            text = hf_models.text_of(tokens).replace(" ", "")
-            assert trainer.completed() == (text, pytest.approx(logprobs, abs=LOGPROB_TOLERANCE))
+            generated, completed = trainer.generated(), trainer.completed()
+            assert (generated[0], completed[0]) == (tokens, hf_models.text_of(tokens).replace(" ", ""))
+            for served in (generated[1], completed[1]):
+                assert served == pytest.approx(logprobs, abs=LOGPROB_TOLERANCE)
             said.append((tokens, logprobs))
         assert said[0][0] != said[2][0], "training has moved the tokens"
         assert said[1][1] != pytest.approx(said[2][1], abs=LOGPROB_TOLERANCE)

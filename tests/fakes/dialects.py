@@ -67,6 +67,11 @@ class EngineDialect:
         """/weights_checker sums all ranks up."""
         return self._since("0.5.13")
 
+    @property
+    def lora_by_rank(self) -> bool:
+        """/load_lora_adapter_from_tensors takes a payload per TP rank; older ones take one for all."""
+        return self._since("0.5.17")
+
     def model_info(self) -> dict[str, object]:
         """Fields of /model_info that exist in this release, with a small Qwen3's values."""
         info: dict[str, object] = {
@@ -98,6 +103,7 @@ class EngineDialect:
             "tokenizer_worker_num": 1,
             "quantization": None,
             "speculative_algorithm": None,
+            "enable_lora": None,
             "status": "ready",
             "version": self.release,
         }

@@ -19,6 +19,7 @@ from tests.fakes.calls import Call, Reply, json_reply, outcome, text_reply
 from tests.fakes.dialects import EngineDialect
 from tests.fakes.faults import EngineDied, Fault
 from tests.fakes.generation import Generation
+from tests.fakes.lora import LOAD, MODELS, UNLOAD, LoraPool
 from tests.fakes.payloads import Entry
 from tests.fakes.weights import Weights, decode_all
 
@@ -75,6 +76,7 @@ class EngineLife:
         self.load_format = str(settings.server_info.get("load_format", "auto"))
         self.session_open = False
         self.generation = Generation()
+        self.lora = LoraPool(settings.dialect, settings.tp_size, settings.server_info, settings.device)
         self.dead = threading.Event()
         self._gets: dict[str, Callable[[Call], Reply]] = {
             "/model_info": self._model_info,
@@ -84,6 +86,7 @@ class EngineLife:
             "/flush_cache": self._flush_cache,
             "/weights_checker": self._weights_checker,
             "/health": self._healthy,
+            MODELS: self.lora.models,
         }
         self._posts: dict[str, Callable[[Call], Reply]] = {
             "/pause_generation": self._pause_generation,
@@ -96,6 +99,8 @@ class EngineLife:
             "/weights_checker": self._weights_checker,
             "/abort_request": self._abort_request,
             "/generate": self._generate,
+            LOAD: self.lora.load,
+            UNLOAD: self.lora.unload,
         }
         if self._dialect.has_sessions:
             self._posts["/begin_weight_update"] = self._begin_weight_update
@@ -107,6 +112,7 @@ class EngineLife:
         """End this life; whoever waits in it gets ``EngineDied``."""
         self.dead.set()
         self.generation.kill()
+        self.lora.kill()
 
     def route(self, call: Call) -> Callable[[Call], Reply] | Reply:
         """What answers this call, or the reply if nothing does."""
@@ -118,12 +124,19 @@ class EngineLife:
 
     def act(self, call: Call, route: Callable[[Call], Reply], before: Callable[[], None], fault: Fault | None) -> Reply:
         """Do what the call asks for. ``before`` runs when its turn has come; it may wait and may kill."""
-        if call.path in ("/generate", "/model_info", "/get_model_info", "/health", "/ready"):
+        if call.path in (LOAD, UNLOAD):
+            return self.lora.act(call, lambda: self._scheduled(call, route, before, fault))
+        if call.path in ("/generate", "/model_info", "/get_model_info", "/health", "/ready", MODELS):
             before()
             reply = route(call)
             self._check_alive()
             return reply
         self._wait_for_requests(call)
+        return self._scheduled(call, route, before, fault)
+
+    def _scheduled(
+        self, call: Call, route: Callable[[Call], Reply], before: Callable[[], None], fault: Fault | None
+    ) -> Reply:
         with self._scheduler:
             self._check_alive()
             before()
@@ -317,14 +330,19 @@ class EngineLife:
         prompt = body.get("input_ids") or list(str(body.get("text", "")).encode())
         if not prompt:
             return json_reply(400, {"error": {"message": NO_PROMPT}})
+        name = body.get("lora_path")
+        if name is not None and name not in self.lora.loaded:
+            return json_reply(
+                400, {"error": {"message": f"The following requested LoRA adapters are not loaded: {name}"}}
+            )
         wanted = int(body.get("sampling_params", {}).get("max_new_tokens", 128))
         began_with = self.weight_version
-        number = wanted if self.generation.decode(wanted * self._settings.token_s) else 0
-        with self._scheduler:
-            tokens = self.weights.tokens(prompt, number)
-            return json_reply(
-                200, {"output_ids": tokens, "meta_info": self._meta_info(len(prompt), number, began_with)}
-            )
+        with self.lora.used(name) as adapted:
+            number = wanted if self.generation.decode(wanted * self._settings.token_s) else 0
+            with self._scheduler:
+                tokens = self.weights.tokens(prompt, number, adapted)
+                meta = self._meta_info(len(prompt), number, began_with)
+        return json_reply(200, {"output_ids": tokens, "meta_info": meta})
 
     def _meta_info(self, num_prompt: int, number: int, began_with: str) -> dict[str, object]:
         finish = {"type": "length", "length": number} if number else {"type": "abort", "message": "Abort"}

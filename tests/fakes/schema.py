@@ -63,17 +63,32 @@ _BODIES: dict[str, dict[str, Field]] = {
         "load_format": _TEXT_OR_NONE,
         **_UPDATE,
     },
+    "/load_lora_adapter_from_tensors": {
+        "lora_name": Field(_is_a(str, "string"), required=True),
+        "config_dict": Field(_is_a(dict, "dictionary"), required=True),
+        "load_format": _TEXT_OR_NONE,
+        "pinned": _BOOL,
+    },
+    "/unload_lora_adapter": {"lora_name": Field(_is_a(str, "string"), required=True)},
     "/update_weight_version": {"new_version": Field(_is_a(str, "string"), required=True), "abort_all_requests": _BOOL},
 }
 
 
-def complaint(call: Call, has_selector: bool) -> Reply | None:
+_LORA_TENSORS = {
+    True: {"serialized_named_tensors": Field(_base64_list, required=True)},
+    False: {"serialized_tensors": Field(_is_a(str, "string"), required=True)},
+}
+
+
+def complaint(call: Call, has_selector: bool, lora_by_rank: bool) -> Reply | None:
     """The 400 for a body that does not fit its path; None if it does or the path takes any."""
     fields = _BODIES.get(call.path)
     if fields is None:
         return None
     if has_selector and call.path.startswith("/update_weights"):
         fields = fields | _SELECTOR
+    if call.path == "/load_lora_adapter_from_tensors":
+        fields = fields | _LORA_TENSORS[lora_by_rank]
     problem = _problem(call, fields)
     return _schema_error(call.path, problem) if problem else None
 

@@ -89,6 +89,11 @@ class ScriptedEngine:
         return [dict(rank) for rank in self._life.weights.ranks]
 
     @property
+    def adapters(self) -> list[str]:
+        """LoRA adapters that requests can name."""
+        return list(self._life.lora.loaded)
+
+    @property
     def random_seed(self) -> int:
         """New in every life."""
         return self._life.seed
@@ -200,7 +205,8 @@ class ScriptedEngine:
         route = life.route(call)
         if isinstance(route, Reply):
             return route
-        refusal = self._keys.refusal(call) or complaint(call, self._settings.dialect.has_sessions)
+        dialect = self._settings.dialect
+        refusal = self._keys.refusal(call) or complaint(call, dialect.has_sessions, dialect.lora_by_rank)
         if refusal is not None:
             return refusal
         return self._act(life, call, route, self._faults.take(call.path))

@@ -30,9 +30,9 @@ class Weights:
         for rank in self.ranks:
             rank.update({name: _sha256(f"{folder} {name}")[:16] for name in rank})
 
-    def tokens(self, prompt: Sequence[int], number: int) -> list[int]:
-        """What this model answers greedily: a function of all weights and the prompt."""
-        seed = f"{self.checksum()} {list(prompt)}"
+    def tokens(self, prompt: Sequence[int], number: int, adapted: str = "") -> list[int]:
+        """What this model answers greedily: a function of all weights, an adapter's too, and the prompt."""
+        seed = f"{self.checksum()}{adapted} {list(prompt)}"
         return [int(_sha256(f"{seed} {position}")[:8], 16) % VOCABULARY for position in range(number)]
 
     def checksum(self) -> str:

@@ -104,7 +104,8 @@ class Rank:
         return [(name, DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)) for name, tensor in self.weights]
 
     def memory(self) -> dict[str, Any]:
-        """Bytes that the allocator has given out, and what an engine may still hold."""
+        """Bytes that the allocator has given out, without staging buffers, and what an engine may still hold."""
+        self.client.release_staging()
         torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
         return {"allocated": torch.cuda.memory_allocated(), "unreleased": self.client.unreleased_bytes}
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import adapter
-from adapter import bucketed, client, errors, known_manifest, sending, sidecar_stub
+from adapter import bucketed, client, errors, known_manifest, lora_client, sending, sidecar_stub
 from sidecar.errors import Reason
 from sidecar.servicer import DTYPES, FEATURES, WeightSyncServicer
 from sidecar.v1 import weight_sync_pb2 as pb
@@ -37,7 +37,7 @@ def test_the_clients_parameters_are_these() -> None:
 
 
 def test_every_rpc_is_used_by_the_adapter_or_listed_here() -> None:
-    source = "".join(inspect.getsource(module) for module in (client, sending, bucketed, sidecar_stub))
+    source = "".join(inspect.getsource(module) for module in (client, lora_client, sending, bucketed, sidecar_stub))
     used = set(re.findall(r"\brpc\.(\w+)", source))
     assert used | NOT_USED_BY_THE_ADAPTER == METHODS
     assert not used & NOT_USED_BY_THE_ADAPTER
