@@ -53,6 +53,7 @@ lint: install  ## format, style, import directions, protobuf style
 
 types: install  ## mypy, strict
 	mypy
+	mypy examples/*.py
 
 proto: install  ## regenerate sidecar/v1 from proto/
 	python -m grpc_tools.protoc -Iproto --python_out=. --mypy_out=. --grpc_python_out=. --mypy_grpc_out=. $(PROTO)

@@ -32,6 +32,8 @@ class Buckets(Protocol):
     plan: Plan
     depth: int
     """How many buckets may be out at a time."""
+    gather_failed: bool
+    """Whether a gather itself has failed, and with it the process group: then nobody waits for the rest."""
 
     def fill(self, bucket: int) -> Export:
         """The memory of this bucket, with its bytes in it; buckets are asked for in order, once."""

@@ -15,7 +15,8 @@ _HOLDS_ELEMENTS = (torch.strided,)
 
 def check_tensors(tensors: Mapping[str, LazyTensor], device: torch.device) -> None:
     """Refuse what cannot be copied to ``device``: meta tensors, other layouts, other GPUs, freed memory."""
-    _refuse_forked_cuda(device)
+    if device.type == "cuda":
+        refuse_forked_cuda()
     for name, tensor in tensors.items():
         for local in tensor.local_tensors():
             if problem := _problem(local, device):
@@ -52,8 +53,9 @@ def _problem(tensor: torch.Tensor, device: torch.device) -> str:
     return ""
 
 
-def _refuse_forked_cuda(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda._is_in_bad_fork():
+def refuse_forked_cuda() -> None:
+    """Raise ``ValueError`` in a process in which CUDA cannot be used any more."""
+    if torch.cuda._is_in_bad_fork():
         raise ValueError(
             "this process was forked after CUDA was initialised, so it cannot use the GPU: start trainer ranks with "
             "the spawn method, or fork before the first CUDA call"

@@ -10,8 +10,8 @@ Invariant: memory that was handed over is dropped only when the engine has let i
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -19,16 +19,17 @@ import torch
 
 from adapter import resident, wire
 from adapter.bucketed import Buckets
+from adapter.checks import refuse_forked_cuda
 from adapter.errors import EngineUnreachable, UpdateRefused, WeightSyncError
 from adapter.exports import Export
 from adapter.fusion import DEFAULT_RULES, compile_rules
 from adapter.ledger import ExportLedger
 from adapter.lora_client import LoraConfig, LoraSender, config_json
 from adapter.outgoing import MemoryNeed, Outgoing, check_values, outgoing
-from adapter.planner import TensorSpec, plan
+from adapter.planner import Plan, TensorSpec, plan
 from adapter.sending import UpdateSender
 from adapter.sidecar_stub import SidecarStub
-from adapter.sources.lazy import LazyTensor, NamedTensors
+from adapter.sources.lazy import NamedTensors
 from adapter.staging import DEFAULT_BUFFERS, StagingBuffers
 from adapter.wire import UpdateResult
 from sidecar.v1 import weight_sync_pb2 as pb
@@ -142,20 +143,40 @@ class WeightSyncClient:
             keep_cache=not flush_cache,
             allow=pb.ManifestAllowance(unknown=allow_unknown, missing=allow_missing),
         )
-        if not flush_cache:
-            self._stub.require(pb.FEATURE_KEEP_CACHE)
         if in_place:
-            return self._send_in_place(header, named_tensors, specs, check_finite, timeout)
+            buckets = self._resident(header, named_tensors, specs, check_finite)
+        else:
+            buckets = self._staged(header, named_tensors, specs, check_finite)
+        return self._send(header, buckets, timeout)
+
+    def give_up(
+        self,
+        named_tensors: NamedTensors,
+        *,
+        version: str,
+        cause: Exception,
+        update_id: str | None = None,
+        specs: Sequence[TensorSpec] | None = None,
+    ) -> None:
+        """In place of ``update_weights``, on a rank that cannot: the other ranks are told of ``cause`` at once.
+
+        Takes part in all gathers of ``named_tensors`` that they go through. Raises only ``ValueError`` for tensors
+        that could not have been sent.
+        """
         cargo = outgoing(named_tensors, specs, self.bucket_bytes, self._rules)
-        self._require(len(cargo.plan.buckets))
-        device = self._staging_device(self._look_before())
-        self._state_memory(cargo, device)
-        return self._send(header, cargo.staged(self._buffers, device), cargo.tensors, check_finite, timeout)
+        header = pb.UpdateHeader(
+            update_id=update_id or version,
+            weight_version=version,
+            rank=self.rank,
+            tp_size=self.tp_size,
+            pause_mode=wire.pause_mode("retract"),
+        )
+        self._sender.give_up(header, cargo.plan, cause, lambda: cargo.forgo(self._likely_device()))
 
     def memory_needed(self, named_tensors: NamedTensors, *, specs: Sequence[TensorSpec] | None = None) -> MemoryNeed:
         """What an update of these tensors takes of this rank's memory, at most; nothing is gathered or allocated."""
-        device = self._device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return outgoing(named_tensors, specs, self.bucket_bytes, self._rules).memory(self._buffers, device)
+        cargo = outgoing(named_tensors, specs, self.bucket_bytes, self._rules)
+        return cargo.memory(self._buffers, self._likely_device())
 
     def release_staging(self) -> None:
         """Give the staging buffers back until the next update."""
@@ -216,7 +237,7 @@ class WeightSyncClient:
             pinned=pinned,
             replace=replace,
         )
-        device = self._staging_device(self._look_before())
+        device = self._staging_device(self._engine())
         return LoraSender(self._stub, self._ledger).load(request, named_tensors, device, timeout)
 
     def unload_lora_adapter(self, name: str, *, timeout: float = 120.0) -> bool:
@@ -267,6 +288,7 @@ class WeightSyncClient:
         self._look_after()
         self._ledger.settle()
         self._buffers.release()
+        self._regions.clear()
         self._stub.close()
 
     def __enter__(self) -> Self:
@@ -279,48 +301,60 @@ class WeightSyncClient:
 
     # One update.
 
-    def _send_in_place(
+    def _staged(
         self,
         header: pb.UpdateHeader,
         named_tensors: NamedTensors,
         specs: Sequence[TensorSpec] | None,
         look_at_values: bool,
-        timeout: float,
-    ) -> UpdateResult:
+    ) -> Buckets:
+        cargo = outgoing(named_tensors, specs, self.bucket_bytes, self._rules)
+        with self._others_are_told(header, cargo.plan, lambda: cargo.forgo(self._likely_device())):
+            device = self._staging_device(self._look_before(header, cargo.plan))
+            self._state_memory(cargo, device)
+            if look_at_values:
+                check_values(cargo.tensors)
+            return cargo.staged(self._buffers, device)
+
+    def _resident(
+        self,
+        header: pb.UpdateHeader,
+        named_tensors: NamedTensors,
+        specs: Sequence[TensorSpec] | None,
+        look_at_values: bool,
+    ) -> Buckets:
         if specs is not None:
             raise ValueError("in_place sends tensors from where they lie, so it takes them as a list, without specs")
         tensors = resident.listed(named_tensors)
-        buckets = resident.ResidentBuckets(tensors, self._regions, self._allow_expandable)
-        self._require(len(buckets.plan.buckets))
-        self._look_before()
-        return self._send(header, buckets, tensors, look_at_values, timeout)
-
-    def _send(
-        self,
-        header: pb.UpdateHeader,
-        buckets: Buckets,
-        tensors: dict[str, LazyTensor],
-        look_at_values: bool,
-        timeout: float,
-    ) -> UpdateResult:
-        try:
+        buckets = resident.ResidentBuckets(tensors, self._regions, self._allow_expandable, self._rules)
+        with self._others_are_told(header, buckets.plan, buckets.forgo):
+            self._look_before(header, buckets.plan)
             if look_at_values:
-                self._check_values(header, buckets, tensors)
+                check_values(tensors)
+        return buckets
+
+    @contextmanager
+    def _others_are_told(self, header: pb.UpdateHeader, plan: Plan, forgo: Callable[[], None]) -> Iterator[None]:
+        """What stops this rank alone must not leave the others waiting, neither at the sidecar nor in a gather."""
+        try:
+            yield
+        except BaseException as error:
+            self._sender.give_up(header, plan, error, forgo)
+            raise
+
+    def _send(self, header: pb.UpdateHeader, buckets: Buckets, timeout: float) -> UpdateResult:
+        try:
             result = wire.result(self._sender.send(header, buckets, timeout))
             self._look_after()
             return result
         finally:
             self._ledger.settle()
 
-    def _check_values(self, header: pb.UpdateHeader, buckets: Buckets, tensors: dict[str, LazyTensor]) -> None:
-        try:
-            check_values(tensors)
-        except ValueError as error:
-            self._sender.give_up(header, buckets, error)
-            raise
-
-    def _require(self, num_buckets: int) -> None:
-        self._stub.require(pb.FEATURE_ONE_CALL_UPDATE if num_buckets == 1 else pb.FEATURE_BUCKETED_UPDATE)
+    def _require(self, header: pb.UpdateHeader, plan: Plan) -> None:
+        one_call = len(plan.buckets) == 1
+        self._stub.require(pb.FEATURE_ONE_CALL_UPDATE if one_call else pb.FEATURE_BUCKETED_UPDATE)
+        if header.keep_cache:
+            self._stub.require(pb.FEATURE_KEEP_CACHE)
 
     def _state_memory(self, cargo: Outgoing, device: torch.device) -> None:
         """Say what the update takes before it takes it, once for each amount."""
@@ -339,8 +373,13 @@ class WeightSyncClient:
     def _keeps(self, export: Export) -> bool:
         return self._buffers.keeps(export) or resident.keeps(self._regions, export)
 
-    def _look_before(self) -> pb.EngineInfo:
+    def _look_before(self, header: pb.UpdateHeader, plan: Plan) -> pb.EngineInfo:
         """See that sidecar and engine are there before memory is spent, and take back what is out of use."""
+        self._require(header, plan)
+        return self._engine()
+
+    def _engine(self) -> pb.EngineInfo:
+        """The engine, once what an earlier update has left out is taken back."""
         status = self._stub.status()
         if not status.HasField("engine"):
             raise EngineUnreachable(f"the sidecar at {self._stub.target} waits for its engine: {status.reason}")
@@ -367,8 +406,12 @@ class WeightSyncClient:
             return None
 
     def _staging_device(self, engine: pb.EngineInfo) -> torch.device:
-        if self._device is not None:
-            return self._device
-        if engine.device == "cuda":
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
+        device = self._device or torch.device(engine.device)
+        if device != torch.device("cuda"):  # which names no GPU
+            return device
+        refuse_forked_cuda()
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def _likely_device(self) -> torch.device:
+        """Where the other ranks stage, as far as it can be known without the engine."""
+        return self._device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,7 @@ and torch_memory_saver's ``disable()``, which destroys one there, was seen to en
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from weakref import ReferenceType, ref
 
@@ -42,11 +42,11 @@ def allocate_flat(num_bytes: int, device: torch.device) -> torch.Tensor:
 def segment_bytes(num_bytes: int, device: torch.device) -> int:
     """What ``allocate_flat`` takes at most: torch rounds segments up (CUDACachingAllocator, get_allocation_size).
 
-    With it goes the smallest segment for each of the surroundings that are tried first.
+    With it goes the smallest segment for each look at how torch allocates.
     """
     if device.type != "cuda":
         return num_bytes + TORCH_HEADER_BYTES
-    tried = len(_SURROUNDINGS) * _SMALL_SEGMENT
+    tried = 2 * _SMALL_SEGMENT
     if num_bytes <= _SMALL_SEGMENT // 2:
         return tried + _SMALL_SEGMENT
     if num_bytes < _LARGE_SEGMENT // 2:
@@ -67,14 +67,24 @@ def is_shared_file(storage: torch.UntypedStorage) -> bool:
 
 
 def _on_gpu(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """In the first surroundings in which a small region was seen to be exportable."""
-    obstacle = ""
-    for surroundings in _SURROUNDINGS:
-        with surroundings():
-            obstacle = _obstacle(_in_own_segment(1, device))
-            if not obstacle:
-                return _in_own_segment(num_bytes, device)
-    raise MemoryNotExportable(obstacle)
+    """Where a small region was seen to be exportable: as torch is set, or without expandable segments."""
+    if not _is_expandable_now(device):
+        return _in_own_segment(num_bytes, device)
+    with _without_expandable_segments():
+        if _is_expandable_now(device):
+            raise MemoryNotExportable(
+                "torch allocates in expandable segments, which the engine may have no right to open, and would not be "
+                "told otherwise; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False in the trainer"
+            )
+        return _in_own_segment(num_bytes, device)
+
+
+def _is_expandable_now(device: torch.device) -> bool:
+    """Whether torch allocates in expandable segments; raises ``MemoryNotExportable`` where nothing can be exported."""
+    export = CudaExport(_in_own_segment(1, device))
+    handle = export.handle().cuda_ipc.memory_handle
+    export.reclaim()
+    return is_expandable(handle)
 
 
 def give_back() -> None:
@@ -108,21 +118,6 @@ def _in_own_segment(num_bytes: int, device: torch.device) -> torch.Tensor:
     return flat
 
 
-def _obstacle(flat: torch.Tensor) -> str:
-    export = CudaExport(flat)
-    try:
-        handle = export.handle().cuda_ipc.memory_handle
-    except MemoryNotExportable as error:
-        return str(error)
-    export.reclaim()
-    if not is_expandable(handle):
-        return ""
-    return (
-        "torch allocates in expandable segments, which the engine may have no right to open, and would not be told "
-        "otherwise; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False in the trainer"
-    )
-
-
 @contextmanager
 def _without_expandable_segments() -> Iterator[None]:
     """New segments are plain ones; afterwards the settings are those of the process's environment again."""
@@ -132,6 +127,3 @@ def _without_expandable_segments() -> Iterator[None]:
         yield
     finally:
         torch.cuda.memory._set_allocator_settings(configured or "expandable_segments:True")
-
-
-_SURROUNDINGS = (nullcontext, _without_expandable_segments)

@@ -76,8 +76,9 @@ class LoraSender:
             request.handle.CopyFrom(export.handle())
         except BaseException as error:
             self._tell_others(request, f"{type(error).__name__}: {error}"[:512])
-            if isinstance(error, WeightSyncError | ValueError):  # others come from the gathers themselves
-                buckets.forgo()
+            if isinstance(error, Exception) and not buckets.gather_failed:
+                with suppress(RuntimeError):  # of torch.distributed: a peer has gone, too
+                    buckets.forgo()
             raise
         return export
 

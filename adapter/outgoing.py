@@ -16,7 +16,7 @@ from adapter.exportable import segment_bytes
 from adapter.planner import Plan, TensorSpec, plan
 from adapter.sources.lazy import LazyTensor, NamedTensors, Sendable
 from adapter.sources.module import lazy_tensors
-from adapter.staging import StagedBuckets, StagingBuffers, buffer_bytes
+from adapter.staging import StagedBuckets, StagingBuffers, buffer_bytes, forgo_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,11 @@ class Outgoing:
     def staged(self, buffers: StagingBuffers, device: torch.device) -> Buckets:
         """To be copied through ``buffers`` on ``device``; raises ``ValueError`` for tensors that cannot be."""
         check_tensors(self.tensors, device)
-        return StagedBuckets(self.plan, self.iterator, buffers, device)
+        return StagedBuckets(self.plan, self.iterator, buffers, device, one_by_one=not self.tensors)
+
+    def forgo(self, device: torch.device) -> None:
+        """Take part in all gathers, without sending anything."""
+        forgo_all(self.iterator, device)
 
 
 def outgoing(

@@ -4,7 +4,8 @@ One storage (an FSDP flat parameter, a Megatron parameter buffer, an ``allocate_
 Invariant: nothing is written here, and what was exported is the memory that the tensors had to the end.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,6 +13,7 @@ from adapter.checks import check_tensors, is_freed
 from adapter.errors import MemoryNotExportable
 from adapter.exportable import is_expandable, is_shared_file
 from adapter.exports import Export, export_of
+from adapter.fusion import DEFAULT_RULES, group_names
 from adapter.planner import Bucket, Placement, Plan, TensorSpec, check_names
 from adapter.sources.lazy import LazyTensor, NamedTensors, PlainTensor
 from adapter.sources.module import lazy_tensors
@@ -23,20 +25,27 @@ class ResidentBuckets:
     """One update's regions, where they are. Exports of regions that come again are made once."""
 
     def __init__(
-        self, tensors: Mapping[str, LazyTensor], exports: dict[tuple[int, int], Export], allow_expandable: bool
+        self,
+        tensors: Mapping[str, LazyTensor],
+        exports: dict[tuple[int, int], Export],
+        allow_expandable: bool,
+        rules: Sequence[re.Pattern[str]] = DEFAULT_RULES,
     ) -> None:
         self.depth = _DEPTH
+        self.gather_failed = False
         self._regions = _regions(tensors)
         self._exports = exports
         self._allow_expandable = allow_expandable
         self.plan = Plan(tuple(_bucket(region) for region in self._regions))
+        _check_groups(self._regions, rules)
         self._check_memory()
+        self._forget_others()
 
     def fill(self, bucket: int) -> Export:
         """The region; nothing has to be done for it."""
         flat = _flat(next(iter(self._regions[bucket].values())))
         export = self._exports.get(_identity(flat))
-        if export is None or not export.released():
+        if export is None or export.flat.data_ptr() != flat.data_ptr() or not export.released():
             export = self._exports[_identity(flat)] = export_of(flat)
         return export
 
@@ -53,6 +62,13 @@ class ResidentBuckets:
     def forgo(self) -> None:
         """Nothing is gathered."""
 
+    def _forget_others(self) -> None:
+        """An export keeps its memory: those of regions that are not sent any more must not."""
+        here = {_identity(_flat(next(iter(region.values())))) for region in self._regions}
+        for identity, export in list(self._exports.items()):
+            if identity not in here and export.released():
+                del self._exports[identity]
+
     def _check_memory(self) -> None:
         for region in self._regions:
             name, tensor = next(iter(region.items()))
@@ -64,7 +80,8 @@ def listed(named_tensors: NamedTensors) -> dict[str, LazyTensor]:
     pairs = list(named_tensors)
     tensors = lazy_tensors(pairs)
     check_names([TensorSpec(name, tensors[name].dtype, tensors[name].shape) for name, _ in pairs])
-    check_tensors(tensors, next(iter(next(iter(tensors.values())).local_tensors())).device)
+    first = next(iter(tensors.items()))
+    check_tensors(tensors, _in_place(*first).device)
     return tensors
 
 
@@ -91,6 +108,19 @@ def _in_place(name: str, tensor: LazyTensor) -> torch.Tensor:
     if not plain.is_contiguous():
         raise ValueError(f"tensor {name} is not contiguous, so it cannot be sent in place: leave in_place out")
     return plain
+
+
+def _check_groups(regions: Sequence[Mapping[str, torch.Tensor]], rules: Sequence[re.Pattern[str]]) -> None:
+    """Each region is a bucket of its own, so what SGLang fuses must lie in one."""
+    region_of = {name: number for number, region in enumerate(regions) for name in region}
+    names = list(region_of)
+    for group in group_names(names, rules):
+        parted = [names[at] for at in group if region_of[names[at]] != region_of[names[group[0]]]]
+        if parted:
+            raise ValueError(
+                f"{names[group[0]]} and {parted[0]} must travel together, since SGLang fuses them, but lie in two "
+                "storages: leave in_place out, or put them into one"
+            )
 
 
 def _bucket(region: Mapping[str, torch.Tensor]) -> Bucket:

@@ -4,7 +4,7 @@ Invariant: whatever goes wrong on this rank, the others are told of it, and none
 at the sidecar nor in a gather of the trainer's own process group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from adapter.bucketed import ABORT_TIMEOUT_S, BucketedSend, Buckets
@@ -35,20 +35,30 @@ class UpdateSender:
             self._known.remember(buckets.plan, outcome.manifest_digest)
         return outcome
 
-    def give_up(self, header: pb.UpdateHeader, buckets: Buckets, cause: BaseException) -> None:
-        """Tell the other ranks, at the sidecar and in their gathers, that this one will not send."""
-        with suppress(WeightSyncError):  # nobody is there, or it has ended already: the cause says why
-            self._join_and_abort(header, buckets.plan, f"{type(cause).__name__}: {cause}"[:512])
-        if isinstance(cause, WeightSyncError | ValueError):
-            buckets.forgo()
+    def give_up(self, header: pb.UpdateHeader, plan: Plan, cause: BaseException, forgo: Callable[[], None]) -> None:
+        """Tell the other ranks, at the sidecar and in their gathers, that this one will not send.
+
+        ``forgo`` takes part in the gathers. Raises nothing: the cause is what the caller must learn.
+        """
+        if not isinstance(cause, Exception):  # Ctrl-C
+            return
+        self._tell(header, plan, cause)
+        with suppress(RuntimeError):  # of torch.distributed: a peer has gone, too
+            forgo()
 
     @contextmanager
     def _others_do_not_wait(self, buckets: Buckets) -> Iterator[None]:
         try:
             yield
-        except (WeightSyncError, ValueError):  # others come from the gathers themselves: those have ended
-            buckets.forgo()
+        except Exception:
+            if not buckets.gather_failed:
+                with suppress(RuntimeError):  # of torch.distributed: a peer has gone, too
+                    buckets.forgo()
             raise
+
+    def _tell(self, header: pb.UpdateHeader, plan: Plan, cause: BaseException) -> None:
+        with suppress(WeightSyncError, ValueError):  # nobody is there, it has ended already, or it cannot be told
+            self._join_and_abort(header, plan, f"{type(cause).__name__}: {cause}"[:512])
 
     def _in_one_call(self, header: pb.UpdateHeader, buckets: Buckets, timeout_s: float) -> pb.UpdateOutcome:
         reference = self._known.reference(buckets.plan)
@@ -71,8 +81,7 @@ class UpdateSender:
             buckets.expect_end()
             return export, export.handle()
         except BaseException as error:
-            with suppress(WeightSyncError):
-                self._join_and_abort(header, buckets.plan, f"{type(error).__name__}: {error}"[:512])
+            self._tell(header, buckets.plan, error)
             raise
 
     def _join_and_abort(self, header: pb.UpdateHeader, plan: Plan, reason: str) -> None:

@@ -6,10 +6,12 @@ exactly what the manifest promised; a buffer is written only when nobody else ho
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from adapter.checks import check_tensors
+from adapter.errors import WeightSyncError
 from adapter.exportable import allocate_flat, give_back
 from adapter.exports import Export, export_of
 from adapter.planner import Bucket, Placement, Plan, TensorSpec
@@ -42,9 +44,17 @@ class StagingBuffers:
         return sum(export.flat.numel() for export in self._slots if export is not None)
 
     def take(self, bucket: int, sizes: Sequence[int], device: torch.device) -> Export:
-        """The buffer for this bucket, which nobody else holds; ``sizes`` are the plan's ``buffer_bytes``."""
+        """The buffer for this bucket, which nobody else holds; ``sizes`` are the plan's ``buffer_bytes``.
+
+        Raises ``WeightSyncError`` if the engine still reads what was in it earlier in the same update.
+        """
         slot = bucket % self.num_buffers
         export, size = self._slots[slot], sizes[slot]
+        if bucket >= self.num_buffers and export is not None and not export.released():
+            raise WeightSyncError(
+                f"the engine has answered for bucket {bucket - self.num_buffers} and still holds its memory: no buffer "
+                f"is free for bucket {bucket}"
+            )
         if export is not None and not self._is_fit(export, size, device):
             export = self._slots[slot] = None
         if export is None:
@@ -74,6 +84,8 @@ class StagingBuffers:
         # Larger ones are kept: the same model comes again, and plans alternate rarely.
         if export.flat.numel() < size or export.flat.device != device:
             export.drop()
+            if device.type == "cuda":
+                give_back()  # or the old segment would stay beside the new one
             return False
         return True
 
@@ -82,9 +94,18 @@ class StagedBuckets:
     """The buckets of one update, copied or gathered one after the other."""
 
     def __init__(
-        self, plan: Plan, tensors: Iterator[tuple[str, Sendable]], buffers: StagingBuffers, device: torch.device
+        self,
+        plan: Plan,
+        tensors: Iterator[tuple[str, Sendable]],
+        buffers: StagingBuffers,
+        device: torch.device,
+        *,
+        one_by_one: bool = False,
     ) -> None:
+        """``one_by_one``: the iterator may free or reuse a tensor's memory as soon as it is asked for the next."""
         self.plan = plan
+        self.gather_failed = False
+        self._one_by_one = one_by_one
         self.depth = buffers.num_buffers
         self._tensors = tensors
         self._buffers = buffers
@@ -111,23 +132,31 @@ class StagedBuckets:
 
     def forgo(self) -> None:
         """Take part in the gathers of what was not written: other ranks wait for them."""
+        if self.gather_failed:
+            return
         if self._pending is not None:
-            self._pending.forgo()
+            self._pending.forgo(self._device)
             self._pending = None
-        for _, value in self._tensors:
-            as_lazy(value).forgo()
+        forgo_all(self._tensors, self._device)
 
     def _write(self, bucket: Bucket, flat: torch.Tensor) -> None:
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         for place in bucket.placements:
             tensor, destination = self._next(place.spec), view_of(flat, place)
-            if isinstance(tensor, PlainTensor):
+            if isinstance(tensor, PlainTensor) and not self._one_by_one:
                 copies.append((destination, tensor.tensor))
             else:
-                tensor.write(destination)
+                self._bring(tensor, destination)
             self._pending = None
         if copies:
             torch._foreach_copy_([to for to, _ in copies], [source for _, source in copies])
+
+    def _bring(self, tensor: LazyTensor, destination: torch.Tensor) -> None:
+        try:
+            tensor.write(destination)
+        except BaseException:
+            self.gather_failed = not isinstance(tensor, PlainTensor)  # for all ranks: there is nothing to go on with
+            raise
 
     def _next(self, spec: TensorSpec) -> LazyTensor:
         expected = f"tensor {spec.name} {spec.dtype} {list(spec.shape)}"
@@ -138,7 +167,15 @@ class StagedBuckets:
         self._pending = tensor
         if (name, tensor.dtype, tensor.shape) != (spec.name, spec.dtype, spec.shape):
             raise ValueError(f"expected {expected} next, but got {name} {tensor.dtype} {list(tensor.shape)}")
+        if self._one_by_one:  # the others were looked at before
+            check_tensors({name: tensor}, self._device)
         return tensor
+
+
+def forgo_all(tensors: Iterable[tuple[str, Sendable]], device: torch.device) -> None:
+    """Take part in every gather, for ranks that write to ``device``."""
+    for _, value in tensors:
+        as_lazy(value).forgo(device)
 
 
 def view_of(flat: torch.Tensor, place: Placement) -> torch.Tensor:

@@ -323,6 +323,7 @@ class Coordinator:
                 raise refusals.id_reused(update, header.rank) from difference
             if update.state is UpdateState.COLLECTING:
                 self._give_up(update, difference)
+                update.told.add(header.rank)
             raise
 
     def _check_repeated(self, update: Update, rank: int, handles: Mapping[int, Memory]) -> None:

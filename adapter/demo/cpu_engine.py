@@ -105,6 +105,8 @@ def _cpu_env(tp_size: int) -> Mapping[str, str | None]:
         "SGLANG_USE_CPU_ENGINE": None,
         # Compiling a few small functions takes 25 s of the first request, and a C++ compiler.
         "TORCH_COMPILE_DISABLE": "1",
+        # Threads that wait for each other, on a machine that has other work to do, cost a second per request.
+        "OMP_NUM_THREADS": "1",
         # A CPU server must not come across a GPU of the machine.
         "CUDA_VISIBLE_DEVICES": "",
     }

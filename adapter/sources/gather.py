@@ -22,12 +22,13 @@ def chunk_rows(num_rows: int, num_ranks: int) -> list[int]:
 def gather_rows(local: torch.Tensor, destination: torch.Tensor, rows: Sequence[int], group: dist.ProcessGroup) -> None:
     """Fill ``destination``, contiguous, with every rank's rows; ``rows[r]`` of them lie in ``local`` of rank r.
 
-    With equal counts it is one all-gather into the destination; otherwise one broadcast per rank.
+    With equal counts on GPUs it is one all-gather into the destination; otherwise one broadcast per rank: gloo's
+    all-gather would make a whole copy of its own.
     """
     assert destination.is_contiguous()
     target = _reachable(destination, group)
     mine = as_bytes(local.to(device=target.device, dtype=target.dtype))
-    if len(set(rows)) == 1:
+    if target.is_cuda and len(set(rows)) == 1:
         _ALL_GATHER(as_bytes(target), mine, group=group)
     else:
         _broadcast_in_turn(mine, as_bytes(target), rows, group)
@@ -57,6 +58,11 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def reaches(device: torch.device, group: dist.ProcessGroup) -> bool:
     """Whether the group's backend moves memory of this kind of device."""
     return device.type in _devices(group)
+
+
+def out_of_reach_bytes(local: torch.Tensor, num_bytes: int, group: dist.ProcessGroup) -> int:
+    """What a gather takes where the group's backend does not move memory of the shards' device."""
+    return 0 if reaches(local.device, group) else num_bytes + local.numel() * local.element_size()
 
 
 def _reachable(destination: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -27,8 +27,8 @@ class LazyTensor(ABC):
     def write(self, destination: torch.Tensor) -> None:
         """Bring the whole tensor into ``destination``: contiguous, of this dtype and shape."""
 
-    def forgo(self) -> None:  # noqa: B027 - most need nothing of each other
-        """Take part in what other ranks' ``write`` needs of this one, without a result."""
+    def forgo(self, device: torch.device) -> None:  # noqa: B027 - most need nothing of each other
+        """Take part in what other ranks' ``write`` to ``device`` needs of this one, without a result."""
 
     def local_tensors(self) -> Iterable[torch.Tensor]:
         """What this rank itself holds of it, for checks: nothing here may wait for another rank."""

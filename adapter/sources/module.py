@@ -76,13 +76,16 @@ def _pairs(source: nn.Module | Mapping[str, Sendable] | NamedTensors) -> NamedTe
 
 def _renamed(pairs: NamedTensors, name_map: NameMap | None) -> NamedTensors:
     for name, value in pairs:
+        if name.endswith("_extra_state"):  # what a module keeps besides tensors
+            continue
         to = name if name_map is None else name_map(name)
         if to is not None:
             yield to, value
 
 
 def _cast(value: Sendable, dtype: torch.dtype | None) -> LazyTensor:
-    return as_lazy(value, dtype if value.dtype.is_floating_point else None)
+    is_float = getattr(value, "dtype", torch.float32).is_floating_point
+    return as_lazy(value, dtype if is_float else None)
 
 
 def _tied_names(module: nn.Module) -> frozenset[str]:

@@ -6,7 +6,6 @@ without a second whole copy; any other cut takes two for a moment, and says so i
 """
 
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from adapter.sources.gather import broadcast_from, chunk_rows, gather_rows, reaches
+from adapter.sources.gather import broadcast_from, chunk_rows, gather_rows, out_of_reach_bytes
 from adapter.sources.lazy import LazyTensor
 
 
@@ -47,10 +46,10 @@ class ShardedDTensor(LazyTensor):
         with torch.no_grad():
             destination.copy_(whole.full_tensor())
 
-    def forgo(self) -> None:
+    def forgo(self, device: torch.device) -> None:
         """Gather for the others' sake."""
         if not self._replicated:
-            self.write(torch.empty(self.shape, dtype=self.dtype, device=self._local.device))
+            self.write(torch.empty(self.shape, dtype=self.dtype, device=device))
 
     def local_tensors(self) -> Iterable[torch.Tensor]:
         """This rank's shard."""
@@ -64,7 +63,7 @@ class ShardedDTensor(LazyTensor):
         group = self._value.device_mesh.get_group(self._row_dim)
         copied = self.dtype != self._local.dtype or not self._local.is_contiguous()
         shard = self._local.numel() * self.dtype.itemsize if copied else 0
-        return shard if reaches(self._local.device, group) else shard + self.num_bytes
+        return shard + out_of_reach_bytes(self._local, self.num_bytes, group)
 
 
 def row_sharded_dim(value: DTensor) -> int | None:
@@ -88,17 +87,17 @@ class RowOfDTensor(LazyTensor):
         local = value.to_local().detach()
         mine = dist.get_rank(self._group) == self._owner
         self._local = local[position][rows] if mine else None
-        self._device = local.device
         self.dtype = dtype or value.dtype
         self.shape = (len(range(*rows.indices(value.shape[1]))), *value.shape[2:])
+        self.extra_bytes = out_of_reach_bytes(local[:0], self.num_bytes, self._group)
 
     def write(self, destination: torch.Tensor) -> None:
         """Broadcast from the rank that has it."""
         broadcast_from(self._local, destination, self._owner, self._group)
 
-    def forgo(self) -> None:
+    def forgo(self, device: torch.device) -> None:
         """Broadcast for the others' sake."""
-        self.write(torch.empty(self.shape, dtype=self.dtype, device=self._device))
+        self.write(torch.empty(self.shape, dtype=self.dtype, device=device))
 
     def local_tensors(self) -> Iterable[torch.Tensor]:
         """The row, on the rank that has it."""
@@ -117,20 +116,21 @@ class ChunkedShardedTensor(LazyTensor):
         self._mine = [shard.tensor.detach() for shard in value.local_shards()]
         self.dtype = dtype or meta.tensor_properties.dtype
         self.shape = tuple(meta.size)
-        self.extra_bytes = sum(tensor.numel() for tensor in self._mine) * self.dtype.itemsize
-        self._empty = partial(torch.empty, self.shape, dtype=self.dtype)
+        out_of_reach = [out_of_reach_bytes(tensor, self.num_bytes, self._group) for tensor in self._mine]
+        self.extra_bytes = sum(tensor.numel() for tensor in self._mine) * self.dtype.itemsize + sum(out_of_reach)
 
     def write(self, destination: torch.Tensor) -> None:
         """Broadcast shard after shard, each into its rows."""
-        me, mine = dist.get_rank(self._group), iter(self._mine)
+        me, mine = dist.get_rank(), iter(self._mine)
         for shard in self._shards:
             rows = destination.narrow(0, shard.shard_offsets[0], shard.shard_sizes[0])
             owner = _owner(shard)
-            broadcast_from(next(mine) if owner == me else None, rows, owner, self._group)
+            in_group = dist.get_group_rank(self._group, owner)
+            broadcast_from(next(mine) if owner == me else None, rows, in_group, self._group)
 
-    def forgo(self) -> None:
+    def forgo(self, device: torch.device) -> None:
         """Broadcast for the others' sake."""
-        self.write(self._empty())
+        self.write(torch.empty(self.shape, dtype=self.dtype, device=device))
 
     def local_tensors(self) -> Iterable[torch.Tensor]:
         """This rank's shards."""
@@ -138,6 +138,7 @@ class ChunkedShardedTensor(LazyTensor):
 
 
 def _owner(shard: ShardMetadata) -> int:
+    """Its rank in the whole trainer, not in the group that it is cut over."""
     rank = shard.placement.rank() if shard.placement is not None else None
     assert isinstance(rank, int), "a shard without a place"
     return rank

@@ -16,13 +16,14 @@ rank of ``group`` holds an equal share, in the order of its rank.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
 
-from adapter.sources.gather import gather_rows
+from adapter.sources.gather import gather_rows, out_of_reach_bytes
 from adapter.sources.lazy import LazyTensor, PlainTensor, Sendable
 
 
@@ -113,7 +114,7 @@ class GroupedQkv(Layout):
         per_group = self.num_heads // self.num_kv_heads
         heads = local.reshape(-1, per_group + 2, self.head_dim, *local.shape[1:])
         for name, part in ((self.q, heads[:, :per_group]), (self.k, heads[:, -2:-1]), (self.v, heads[:, -1:])):
-            yield name, JoinedRows(part.reshape(-1, *local.shape[1:]), group, dtype)
+            yield name, JoinedRows(part, group, dtype, tail=local.shape[1:])
 
 
 def join_shards(
@@ -141,25 +142,30 @@ class JoinedRows(LazyTensor):
         group: dist.ProcessGroup,
         dtype: torch.dtype | None = None,
         num_rows: int | None = None,
+        *,
+        tail: Sequence[int] | None = None,
     ) -> None:
+        """``tail``: the shape of one row, where ``local``, a view, is not cut into rows by its first dimension."""
         self._local = local
         self._group = group
-        share, ranks = local.shape[0], dist.get_world_size(group)
-        total = share * ranks if num_rows is None else num_rows
-        self._rows = [min(max(total - rank * share, 0), share) for rank in range(ranks)]
+        self._tail = tuple(local.shape[1:] if tail is None else tail)
+        self._share, ranks = local.numel() // prod(self._tail), dist.get_world_size(group)
+        total = self._share * ranks if num_rows is None else num_rows
+        self._rows = [min(max(total - rank * self._share, 0), self._share) for rank in range(ranks)]
         self.dtype = dtype or local.dtype
-        self.shape = (total, *local.shape[1:])
+        self.shape = (total, *self._tail)
         copied = self.dtype != local.dtype or not local.is_contiguous()
-        self.extra_bytes = local.numel() * self.dtype.itemsize if copied else 0
+        shard = 2 * local.numel() * self.dtype.itemsize if copied else 0
+        self.extra_bytes = shard + out_of_reach_bytes(local, self.num_bytes, group)
 
     def write(self, destination: torch.Tensor) -> None:
         """Gather into the rows of the destination."""
-        mine = self._local[: self._rows[dist.get_rank(self._group)]]
+        mine = self._local.reshape(self._share, *self._tail)[: self._rows[dist.get_rank(self._group)]]
         gather_rows(mine.to(self.dtype), destination, self._rows, self._group)
 
-    def forgo(self) -> None:
+    def forgo(self, device: torch.device) -> None:
         """Gather for the others' sake."""
-        self.write(torch.empty(self.shape, dtype=self.dtype, device=self._local.device))
+        self.write(torch.empty(self.shape, dtype=self.dtype, device=device))
 
     def local_tensors(self) -> Iterable[torch.Tensor]:
         """This rank's shard."""
@@ -185,9 +191,9 @@ class JoinedColumns(LazyTensor):
         for rank, part in enumerate(torch.split(gathered, rows)):
             destination[:, rank * columns : (rank + 1) * columns].copy_(part)
 
-    def forgo(self) -> None:
+    def forgo(self, device: torch.device) -> None:
         """Gather for the others' sake."""
-        self.write(torch.empty(self.shape, dtype=self.dtype, device=self._local.device))
+        self.write(torch.empty(self.shape, dtype=self.dtype, device=device))
 
     def local_tensors(self) -> Iterable[torch.Tensor]:
         """This rank's shard."""

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from adapter import MemoryNotExportable, TensorSpec, UpdateAborted, UpdateResult, WeightSyncClient, WeightSyncError
+from adapter import (
+    MemoryNotExportable,
+    SidecarUnreachable,
+    TensorSpec,
+    UpdateAborted,
+    UpdateResult,
+    WeightSyncClient,
+    WeightSyncError,
+)
 from adapter.exportable import allocate_flat
 from adapter.sources import LazyTensor
 from tests.integration.conftest import StartPair
@@ -213,10 +221,64 @@ def test_a_rank_that_comes_after_the_others_gave_up_is_told_so_once_and_may_then
     weights, bad = [("w", torch.ones(4))], [("w", torch.full((4,), float("inf")))]
     with clients(pair) as ranks:
         with pytest.raises(ValueError, match="holds NaN or infinity"):
-            ranks[0].update_weights(bad, version="late", check_finite=True)
+            ranks[0].update_weights(bad, version="came late", check_finite=True)
         with pytest.raises(UpdateAborted, match="rank 0"):
-            ranks[1].update_weights(weights, version="late", timeout=TIMEOUT_S)
+            ranks[1].update_weights(weights, version="came late", timeout=TIMEOUT_S)
         assert ranks[1].unreleased_bytes == 0
         pair.assert_untouched()
-        results = on_both(ranks, [weights, weights], version="late")
+        results = on_both(ranks, [weights, weights], version="came late")
     assert all(isinstance(result, UpdateResult) for result in results), results
+
+
+def test_a_tensor_that_one_rank_cannot_send_is_told_to_the_others(pair: Pair) -> None:
+    good, bad = [("w", torch.ones(4))], [("w", torch.empty(4, device="meta"))]
+    with clients(pair) as ranks:
+        aborted, refused = on_both(ranks, [good, bad], version="meta on one")
+    assert isinstance(refused, ValueError)
+    assert isinstance(aborted, UpdateAborted), aborted
+    assert "tensor w is on the meta device" in str(aborted)
+    pair.assert_untouched()
+
+
+class Gathered(LazyTensor):
+    """Notes whether its rank has taken part."""
+
+    dtype, shape = torch.float32, (4,)
+
+    def __init__(self) -> None:
+        self.forgone = 0
+
+    def write(self, destination: torch.Tensor) -> None:
+        raise AssertionError("nothing is sent")
+
+    def forgo(self, device: torch.device) -> None:
+        self.forgone += 1
+
+
+def test_a_rank_whose_sidecar_is_gone_still_takes_part_in_the_gathers_of_the_others() -> None:
+    """They may feed another engine, whose sidecar is well."""
+    tensors = [Gathered(), Gathered()]
+    pairs = [(f"w{number}", tensor) for number, tensor in enumerate(tensors)]
+    with WeightSyncClient("unix:/nowhere/sidecar.sock", rank=0, tp_size=2) as client:
+        with pytest.raises(SidecarUnreachable):
+            client.update_weights(pairs, version="1")
+        assert [tensor.forgone for tensor in tensors] == [1, 1]
+        client.give_up(pairs, version="2", cause=ValueError("not now"))
+        assert [tensor.forgone for tensor in tensors] == [2, 2]
+
+
+class OutOfMemory(Gathered):
+    """Cannot be described any further than its first look."""
+
+    def local_tensors(self) -> Sequence[torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_an_error_that_is_none_of_ours_does_not_keep_the_others_waiting_either(pair: Pair) -> None:
+    tensors: list[Any] = [[("w", torch.ones(4))], [("w", OutOfMemory())]]
+    with clients(pair) as ranks:
+        aborted, broken = on_both(ranks, tensors, version="out of memory")
+    assert isinstance(broken, torch.OutOfMemoryError)
+    assert isinstance(aborted, UpdateAborted), aborted
+    assert "OutOfMemoryError" in str(aborted)
+    assert tensors[1][0][1].forgone == 1

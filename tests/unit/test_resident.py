@@ -72,6 +72,21 @@ def test_every_storage_is_a_bucket_of_its_own_and_is_exported_by_the_same_export
     assert all(one is other for one, other in zip(first, second, strict=True))
 
 
+def test_regions_that_are_sent_no_more_are_forgotten() -> None:
+    """An export keeps its memory alive: a trainer that makes a new buffer at each step must not pile them up."""
+    exports: dict[tuple[int, int], Export] = {}
+    for _ in range(3):
+        resident(flat_model(), exports).fill(0)
+        assert len(exports) == 1
+
+
+def test_what_is_fused_must_lie_in_one_storage() -> None:
+    names = [f"l.{part}.weight" for part in ("q_a_proj", "kv_a_proj_with_mqa")]
+    apart = {name: allocate_flat(64, CPU) for name in names}
+    with pytest.raises(ValueError, match=r"l\.q_a_proj\.weight and l\.kv_a_proj_with_mqa\.weight must travel together"):
+        resident(apart)
+
+
 class Computed(LazyTensor):
     """Something that has no memory of its own."""
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapter.errors import WeightSyncError
 from adapter.exports import TORCH_HEADER_BYTES, Export
 from adapter.planner import Plan, TensorSpec, plan
 from adapter.sources import LazyTensor, PlainTensor, Sendable
@@ -191,7 +192,7 @@ class Counted(LazyTensor):
     def write(self, destination: torch.Tensor) -> None:
         self.calls.append("write")
 
-    def forgo(self) -> None:
+    def forgo(self, device: torch.device) -> None:
         self.calls.append("forgo")
 
 
@@ -225,6 +226,44 @@ def test_a_cast_happens_on_the_way() -> None:
     staged = StagedBuckets(plan([TensorSpec("w", torch.bfloat16, (2,))], 64), iter([("w", tensor)]), buffers, CPU)
     export = staged.fill(0)
     assert view_of(export.flat, staged.plan.buckets[0].placements[0]).tolist() == [1.5, -2.0]
+    buffers.release()
+
+
+def test_an_iterator_may_reuse_one_buffer_for_every_tensor() -> None:
+    """A trainer that unshards into scratch memory: each tensor is copied before the next one is asked for."""
+    scratch = torch.zeros(4)
+
+    def tensors() -> Iterator[tuple[str, Sendable]]:
+        for value in range(3):
+            yield f"w{value}", scratch.fill_(value)
+
+    specs = [TensorSpec(f"w{value}", torch.float32, (4,)) for value in range(3)]
+    buffers = StagingBuffers(1)
+    staged = StagedBuckets(plan(specs, 1 << 20), tensors(), buffers, CPU, one_by_one=True)
+    flat = staged.fill(0).flat
+    arrived = [view_of(flat, place).tolist() for place in staged.plan.buckets[0].placements]
+    assert arrived == [[0.0] * 4, [1.0] * 4, [2.0] * 4]
+    buffers.release()
+
+
+def test_a_bad_tensor_of_an_iterator_is_refused_as_any_other() -> None:
+    buffers = StagingBuffers(1)
+    pairs: list[tuple[str, Sendable]] = [("w", torch.empty(2, device="meta"))]
+    staged = StagedBuckets(plan([TensorSpec("w", torch.float32, (2,))], 64), iter(pairs), buffers, CPU, one_by_one=True)
+    with pytest.raises(ValueError, match="tensor w is on the meta device"):
+        staged.fill(0)
+    buffers.release()
+
+
+def test_a_buffer_that_is_not_let_go_within_an_update_is_not_replaced_for_ever() -> None:
+    tensors = [torch.full((64,), value, dtype=torch.uint8) for value in range(2)]
+    buffers = StagingBuffers(1)
+    staged = StagedBuckets(planned(tensors, 64), iter(named(tensors)), buffers, CPU)
+    kept = staged.fill(0)
+    name = kept.handle().shared_memory.name
+    with pytest.raises(WeightSyncError, match="answered for bucket 0 and still holds its memory"):
+        staged.fill(1)
+    shared_memory.release(name)
     buffers.release()
 
 

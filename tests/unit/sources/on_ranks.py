@@ -75,7 +75,7 @@ def one_gives_up_in_the_middle(shape: Sequence[int], placements: Sequence[Placem
     whole, value = dtensor(shape, placements, torch.float32)
     first, second = as_lazy(value), as_lazy(value)
     if dist.get_rank() == 1:
-        first.forgo()
+        first.forgo(torch.device("cpu"))
     else:
         assert equal(first, whole)
     return equal(second, whole)
@@ -96,6 +96,21 @@ def gather_sharded_tensor(num_rows: int, num_columns: int, sent: torch.dtype) ->
     return equal(as_lazy(init_from_local_shards(shards, num_rows, num_columns), sent), whole.to(sent))
 
 
+def gather_sharded_tensor_of_a_part(num_rows: int) -> bool:
+    """Over ranks 1 and 2 only, as on the second node of FSDP1's hybrid sharding."""
+    part = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return True
+    whole = numbers((num_rows, 2))
+    counts, place = chunk_rows(num_rows, 2), dist.get_rank() - 1
+    start = sum(counts[:place])
+    shard = LocalShard.from_tensor_and_offsets(
+        whole[start : start + counts[place]].clone(), [start, 0], dist.get_rank()
+    )
+    value = init_from_local_shards([shard], num_rows, 2, process_group=part)
+    return equal(as_lazy(value), whole)
+
+
 def unstacked(num_experts: int, placements: Sequence[Placement], sent: torch.dtype) -> dict[str, torch.Tensor]:
     """Every expert's tensors, as this rank would send them."""
     _, gate_up = dtensor((num_experts, 4, 3), placements, torch.float32)
@@ -112,7 +127,7 @@ def joined(
     pairs = join_shards([("weight", local_of[dist.get_rank()])], lambda _: layout, group(), dtype=sent)
     if dist.get_rank() == forgoer:
         for _, value in pairs:
-            as_lazy(value).forgo()
+            as_lazy(value).forgo(torch.device("cpu"))
         return {}
     return {name: written(as_lazy(value)).clone() for name, value in pairs}
 

@@ -78,3 +78,7 @@ def test_stacked_experts_arrive_one_by_one(ranks: GlooRanks, num_experts: int, p
 @pytest.mark.parametrize("sent", [torch.float32, torch.bfloat16], ids=str)
 def test_the_sharded_state_dict_of_a_real_fsdp1_module_arrives_whole(ranks: GlooRanks, sent: torch.dtype) -> None:
     assert all(ranks.call(on_ranks.fsdp1_arrives_whole, sent))
+
+
+def test_a_sharded_tensor_of_a_part_of_the_trainer_arrives_whole_there(ranks: GlooRanks) -> None:
+    assert all(ranks.call(on_ranks.gather_sharded_tensor_of_a_part, 5))
