@@ -12,7 +12,6 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,8 +44,6 @@ def serving() -> Iterator[tuple[str, str]]:
         CONFIG.save_pretrained(folder / "model")
         make_config = cuda_engine if ON_GPU else cpu_engine
         config = make_config(folder, folder / "model", extra_args=("--dtype", "float32"))
-        # Threads of a kernel wait for each other, which takes for ever on a busy machine of few cores.
-        config = replace(config, env={**config.env, "OMP_NUM_THREADS": "1"})
         with EngineProcess(config, reaper=reaper) as engine:
             beside = SidecarConfig(engine_url=engine.url, listen=listen, log_path=folder / "sidecar.log")
             with SidecarProcess(beside, reaper=reaper):
