@@ -28,12 +28,12 @@ class EngineClient:
     def get(self, path: str, timeout_s: float) -> Any:
         """The answer's JSON, or its text."""
         with self._asked("GET", path, None, timeout_s) as response:
-            return _content(response)
+            return self._content(path, response)
 
     def post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> Any:
         """The answer's JSON, or its text."""
         with self._asked("POST", path, body, timeout_s) as response:
-            return _content(response)
+            return self._content(path, response)
 
     def events(self, path: str, body: Mapping[str, Any], timeout_s: float) -> Generator[Any, None, None]:
         """The JSON of each server-sent event; closing the generator ends the request at the server too."""
@@ -54,10 +54,24 @@ class EngineClient:
         return True
 
     def _event(self, path: str, data: bytes) -> Any:
-        event = json.loads(data)
+        event = self._parsed(path, data)
         if isinstance(event, dict) and "error" in event:
             raise WeightSyncError(f"the SGLang server at {self.url} broke off {path}: {_words(event)}")
         return event
+
+    def _content(self, path: str, response: requests.Response) -> Any:
+        if response.headers.get("content-type", "").startswith("application/json"):
+            return self._parsed(path, response.content)
+        return response.text
+
+    def _parsed(self, path: str, data: bytes) -> Any:
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            said = _short(data.decode(errors="replace"))
+            raise WeightSyncError(
+                f"the answer of the SGLang server at {self.url} to {path} is no JSON, though it says so: {said}"
+            ) from error
 
     @contextmanager
     def _asked(
@@ -83,12 +97,6 @@ class EngineClient:
         if not response.ok:
             said = _said(response)
             raise WeightSyncError(f"the SGLang server at {self.url} answered {response.status_code} to {path}: {said}")
-
-
-def _content(response: requests.Response) -> Any:
-    if response.headers.get("content-type", "").startswith("application/json"):
-        return response.json()
-    return response.text
 
 
 def _said(response: requests.Response) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,9 @@ import torch.distributed as dist
 from adapter import errors
 from adapter.errors import WeightSyncError
 
+Result = TypeVar("Result")
+
 _BUSY, _ANSWER, _FAILURE = range(3)
-# What a caller's mistake or a peer's failure looks like; anything else is a defect of ours.
-EXPECTED = (WeightSyncError, ValueError, OSError)
 
 
 class Exchange:
@@ -53,7 +53,7 @@ class Exchange:
         said: dict[str, Any] = {}
         try:
             said["value"] = step()
-        except EXPECTED as error:
+        except Exception as error:  # noqa: BLE001 - an edge between processes: CUDA's RuntimeError is the others' too
             failure, said["error"] = error, _told(error)
         answers = self.gather(said)
         if failure is not None:
@@ -62,6 +62,12 @@ class Exchange:
             if "error" in answer:
                 raise _revived(answer["error"], f"rank {rank}: ")
         return [answer["value"] for answer in answers]
+
+    def together(self, step: Callable[[], Result]) -> Result:
+        """As ``agree``, for a result that each rank keeps for itself and that need not be JSON."""
+        kept: list[Result] = []
+        self.agree(lambda: kept.append(step()))
+        return kept[0]
 
     def ask(self, question: Callable[[], Any]) -> Any:
         """Rank 0 asks; the same answer, or the same error, on every rank."""
@@ -83,13 +89,21 @@ class Exchange:
 
     def _ask_and_tell(self, question: Callable[[], Any]) -> Any:
         asked = _Asked(question)
-        while not asked.wait(self._round_s):
+        while not self._has_answer(asked):
             self._tell(_BUSY, None)
         if asked.error is None:
             self._tell(_ANSWER, asked.answer)
             return asked.answer
         self._tell(_FAILURE, _told(asked.error))
         raise asked.error
+
+    def _has_answer(self, asked: "_Asked") -> bool:
+        try:
+            return asked.wait(self._round_s)
+        except BaseException as error:  # Ctrl-C: the others would wait for as long as this process goes on
+            with contextlib.suppress(WeightSyncError):
+                self._tell(_FAILURE, _told(error))
+            raise
 
     def _tell(self, kind: int, content: Any) -> None:
         with _speaking():
@@ -121,7 +135,7 @@ class _Asked:
 
     def __init__(self, question: Callable[[], Any]) -> None:
         self.answer: Any = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._question = question
         # A daemon: Ctrl-C must not wait for an answer that nobody wants any more.
         self._thread = threading.Thread(target=self._run, name="weight-sync-ask", daemon=True)
@@ -130,7 +144,7 @@ class _Asked:
     def _run(self) -> None:
         try:
             self.answer = self._question()
-        except Exception as error:  # noqa: BLE001 - raised again by whoever waits
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
             self.error = error
 
     def wait(self, timeout_s: float) -> bool:
@@ -173,14 +187,14 @@ def _value(data: torch.Tensor) -> Any:
     return json.loads(text)
 
 
-def _told(error: Exception) -> dict[str, Any]:
+def _told(error: BaseException) -> dict[str, Any]:
     """An error as the other ranks get it."""
     if isinstance(error, WeightSyncError):
         kind, details = type(error).__name__, {"reason": error.reason, "details": error.details}
         return {"kind": kind, "message": str(error), **details}
     if isinstance(error, ValueError):
         return {"kind": "ValueError", "message": str(error)}
-    return {"kind": "WeightSyncError", "message": f"{type(error).__name__}: {error}"}
+    return {"kind": "WeightSyncError", "message": f"{type(error).__name__}: {error}".rstrip(": ")}
 
 
 def _revived(told: dict[str, Any], prefix: str = "") -> Exception:

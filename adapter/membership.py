@@ -71,13 +71,18 @@ def find_membership(
     return Membership(0, 1, nnodes)
 
 
-def _from_mesh(mesh: Mesh, tp_rank: int | None, tp_size: int | None, nnodes: int) -> Membership:
+def check_mesh(mesh: Mesh) -> None:
+    """Raise ``ValueError`` for what is no mesh of one dimension; all of its ranks find the same."""
     if not hasattr(mesh, "get_local_rank"):
         raise ValueError(f"device_mesh_cpu is a {type(mesh).__name__}, not a DeviceMesh; see init_device_mesh of torch")
     if mesh.ndim != 1:
         raise ValueError(
             f"device_mesh_cpu has {mesh.ndim} dimensions; pass the one of the tensor-parallel ranks, such as mesh['tp']"
         )
+
+
+def _from_mesh(mesh: Mesh, tp_rank: int | None, tp_size: int | None, nnodes: int) -> Membership:
+    check_mesh(mesh)
     member = Membership(mesh.get_local_rank(), mesh.size(), nnodes)
     if tp_size not in (None, member.size) or tp_rank not in (None, member.rank):
         raise ValueError(

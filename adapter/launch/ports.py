@@ -1,4 +1,4 @@
-"""TCP ports for servers that are started here.
+"""TCP ports for servers that are started here, and who listens where.
 
 Invariant: two processes that claim ports by this module never get the same one, though neither of their servers
 listens yet: a claim is held in the abstract socket namespace, which is shared exactly as far as ports are, and which
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 _LISTENING = "0A"
+_ACCEPTS = 1 << 16
 
 
 def free_port() -> int:
@@ -73,16 +74,30 @@ class PortClaim:
         self._held.close()
 
 
-def listens_elsewhere(port: int, pids: Sequence[int]) -> bool:
-    """Whether a process listens at this port that is none of these.
+def listens_elsewhere(address: int | Path, pids: Sequence[int]) -> bool:
+    """Whether a process listens at this port, or at this socket file, that is none of these.
 
     False also where this host does not show who listens.
     """
-    listeners = set(_listeners(port))
-    return bool(listeners) and not any(listeners & set(_sockets(pid)) for pid in pids)
+    return listens_among(address, pids) is False
 
 
-def _listeners(port: int) -> Iterator[str]:
+def listens_among(address: int | Path, pids: Sequence[int]) -> bool | None:
+    """Whether one of these processes listens there; None where nobody is seen to listen."""
+    listeners = set(_port_listeners(address) if isinstance(address, int) else _file_listeners(address))
+    return any(listeners & set(_sockets(pid)) for pid in pids) if listeners else None
+
+
+def _file_listeners(path: Path) -> Iterator[str]:
+    """Inodes of the sockets that listen at the file; connections that were accepted bear its name, too."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]:
+            *fields, name = line.split(maxsplit=7)
+            if len(fields) == 7 and int(fields[3], 16) & _ACCEPTS and os.path.abspath(name) == os.path.abspath(path):
+                yield fields[6]
+
+
+def _port_listeners(port: int) -> Iterator[str]:
     """Inodes of the sockets that listen at the port."""
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):

@@ -54,10 +54,10 @@ class ProcessState:
 
 
 def process_state(pid: int) -> ProcessState | None:
-    """None if there is no such process."""
+    """None if there is no such process, or it is another user's and hidden (the hidepid option of /proc)."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     # The command's name, in parentheses, may itself hold spaces and parentheses.
     fields = text.rpartition(")")[2].split()
@@ -88,7 +88,7 @@ class Session:
         deadline = time.monotonic() + _KILL_S
         while (members := self.members()) and time.monotonic() < deadline:
             for pid in members:
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
 
@@ -154,7 +154,7 @@ class Watched:
     def ask_to_end(self) -> None:
         """SIGTERM to the leader."""
         if self.session.leads():
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self.session.leader, signal.SIGTERM)
 
 

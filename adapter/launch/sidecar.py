@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from adapter.launch.ports import listens_among
 from adapter.launch.process import ManagedProcess, Started
 from adapter.launch.reaper_process import ReaperProcess
 
@@ -52,8 +53,17 @@ class SidecarProcess(Started):
         super().__init__(process, config.ready_timeout_s, wait=wait)
 
     def is_ready(self) -> bool:
-        """Whether it serves, beside an engine or before one."""
-        return sidecar_is_serving(self.listen)
+        """Whether it serves, beside an engine or before one; not another sidecar that has its address."""
+        return sidecar_is_serving(self.listen) and self.listens() is not False
+
+    def listens(self) -> bool | None:
+        """Whether it listens at its address; False if another process does, None if nobody is seen to."""
+        return listens_among(_address(self.listen), self.process.session_members())
+
+
+def _address(listen: str) -> int | Path:
+    path = listen.removeprefix("unix:")
+    return Path(path) if path != listen else int(listen.rpartition(":")[2])
 
 
 def sidecar_is_serving(target: str, timeout_s: float = 1.0) -> bool:

@@ -2,7 +2,7 @@
 
 Invariant: nothing is sent that would kill the server: memory is released only when it is idle, and only what is
 released is resumed. Control acts on rank 0 and does nothing on the others, so that all ranks may call it, or rank 0
-alone; every rank that calls keeps count of what is released.
+alone. Memory is the exception: on a mesh all ranks call, and keep count of what rank 0 says that it has released.
 """
 
 import time
@@ -84,19 +84,35 @@ class EngineControl:
 
     def release(self, tags: Sequence[str] | str | None, idle_timeout_s: float) -> None:
         """Waits until the server is idle, at most so long."""
+        self.memory.mark_released(self._ask(lambda: self._release(tags, idle_timeout_s), collective=True))
+
+    def _release(self, tags: Sequence[str] | str | None, idle_timeout_s: float) -> list[str]:
         wanted = self.memory.to_release(tags)
         if wanted and self._acts:
             self._warn_if_without_effect()
             self._wait_until_idle(idle_timeout_s)
             self.engine.post("/release_memory_occupation", {"tags": wanted}, SLOW_CONTROL_S)
-        self.memory.mark_released(wanted)
+        return wanted
 
     def resume(self, tags: Sequence[str] | str | None) -> None:
         """Those of the tags that are released."""
+        resumed = self._ask(lambda: self._resume(tags), collective=True)
+        self.memory.mark_resumed(resumed, keeps_weights=self._facts.keeps_weights)
+
+    def _resume(self, tags: Sequence[str] | str | None) -> list[str]:
         wanted = self.memory.to_resume(tags)
         if wanted and self._acts:
             self.engine.post("/resume_memory_occupation", {"tags": wanted}, SLOW_CONTROL_S)
-        self.memory.mark_resumed(wanted, keeps_weights=self._facts.keeps_weights)
+        return wanted
+
+    def mark_updated(self, allow_missing: Sequence[str]) -> None:
+        """All weights were written but those that the caller has allowed to be missing."""
+        if allow_missing and self.memory.weights_lost and self._acts:
+            say(
+                "the weights were released without a backup, so what the update left out by allow_missing "
+                f"({', '.join(allow_missing)}) has undefined content"
+            )
+        self.memory.mark_updated()
 
     def _warn_if_without_effect(self) -> None:
         if not self._facts.frees_memory and not self._warned:

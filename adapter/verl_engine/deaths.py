@@ -30,10 +30,20 @@ class Deaths:
         self._facts = facts
         self._host = host
 
+    def check(self) -> None:
+        """Raise ``LaunchError`` with the end of the log of a process that has ended."""
+        self._facts.check_alive(self._host)
+
     @contextmanager
     def noticed(self) -> Iterator[None]:
-        """Raises ``LaunchError`` with the end of the log of a process that has ended, in place of what follows."""
-        self._facts.check_alive(self._host)
+        """Raises ``LaunchError`` as ``check`` does, in place of what follows."""
+        self.check()
+        with self.explained():
+            yield
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raises ``LaunchError`` in place of the failures that follow from a death."""
         try:
             yield
         except WeightSyncError as error:
@@ -44,7 +54,7 @@ class Deaths:
         give_up = time.monotonic() + for_s
         while True:
             try:
-                self._facts.check_alive(self._host)
+                self.check()
             except LaunchError as death:
                 raise death from cause
             if time.monotonic() >= give_up:

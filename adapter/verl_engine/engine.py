@@ -14,9 +14,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from adapter.client import DEFAULT_BUCKET_BYTES, WeightSyncClient
+from adapter.errors import LaunchError
 from adapter.exchange import Exchange
 from adapter.launch import SERVER, SIDECAR
-from adapter.membership import Mesh, find_membership
+from adapter.membership import Membership, Mesh, check_mesh, find_membership
 from adapter.sources.lazy import NamedTensors
 from adapter.staging import DEFAULT_BUFFERS
 from adapter.verl_engine.control import EngineControl
@@ -85,21 +86,24 @@ class VerlEngine:
         pythonpath: Sequence[Path | str] = (),
         **server_args: Any,
     ) -> None:
-        options = Options(
-            launch_server=launches_server(launch_server, backend),
-            server_args=server_args,
-            server_url=server_url,
-            sidecar=sidecar,
-            sidecar_listen=sidecar_listen,
-            sidecar_args=tuple(sidecar_args),
-            env=dict(env or {}),
-            pythonpath=tuple(Path(folder) for folder in pythonpath),
-            start_timeout=start_timeout,
-            log_dir=Path(log_dir) if log_dir is not None else None,
-        )
-        member = find_membership(device_mesh_cpu, tp_rank, tp_size, nnodes, os.environ)
+        def understood() -> tuple[Options, Membership]:
+            options = Options(
+                launch_server=launches_server(launch_server, backend),
+                server_args=server_args,
+                server_url=server_url,
+                sidecar=sidecar,
+                sidecar_listen=sidecar_listen,
+                sidecar_args=tuple(sidecar_args),
+                env=dict(env or {}),
+                pythonpath=tuple(Path(folder) for folder in pythonpath),
+                start_timeout=start_timeout,
+                log_dir=Path(log_dir) if log_dir is not None else None,
+            )
+            return options, find_membership(device_mesh_cpu, tp_rank, tp_size, nnodes, os.environ)
+
+        self._exchange = _exchange_over(device_mesh_cpu)
+        options, member = understood() if self._exchange is None else self._exchange.together(understood)
         self.tp_rank, self.tp_size = member.rank, member.size
-        self._exchange = _exchange_over(device_mesh_cpu, member.size)
         self._update_timeout = update_timeout
         self._owner = os.getpid()
         self._closed = False
@@ -183,12 +187,22 @@ class VerlEngine:
         _check_load_format(load_format)
         version = self._count_version(weight_version)
         options.setdefault("timeout", self._update_timeout)
-        with self._in_use():
-            self._control.memory.check_update()
+        self._check_open()
+        self._check_update(named_tensors, version, options)
+        with self._deaths.explained():
             result = self._client.update_weights(named_tensors, version=version, flush_cache=flush_cache, **options)
-        if not options.get("allow_missing"):
-            self._control.memory.mark_updated()
+        self._control.mark_updated(options.get("allow_missing", ()))
         return result
+
+    def _check_update(self, named_tensors: NamedTensors, version: str, options: Mapping[str, Any]) -> None:
+        """What this rank alone may see must not leave the others in their gathers, or waiting at the sidecar."""
+        try:
+            self._deaths.check()
+            self._control.memory.check_update()
+        except (LaunchError, ValueError) as error:
+            named = {name: options[name] for name in ("update_id", "specs") if name in options}
+            self._client.give_up(named_tensors, version=version, cause=error, **named)
+            raise
 
     def _count_version(self, given: str | int | None) -> str:
         """The same on every rank, since all of them make the same calls."""
@@ -270,7 +284,7 @@ class VerlEngine:
         ask = self._control.stream if stream else self._control.generate
         return ask(parameters, timeout, collective=collective)
 
-    # Control: acts on rank 0, and does nothing on the others.
+    # Control: acts on rank 0, and does nothing on the others but to learn what is released.
 
     def release_memory_occupation(
         self, tags: Sequence[str] | str | None = None, *, idle_timeout: float = IDLE_S
@@ -280,14 +294,20 @@ class VerlEngine:
         Waits until no request runs, since SGLang would die; nobody may send new ones meanwhile. What is released is
         left alone. Needs ``enable_memory_saver=True``; without ``enable_weights_cpu_backup=True`` weights lose their
         content, so that an update must follow their resuming.
+
+        On a mesh, all ranks call: rank 0 releases, and every rank learns what is released, or the same error. Without
+        a mesh a rank that does not call, or whose rank 0 failed, does not know.
         """
-        with self._in_use():
-            self._control.release(tags, idle_timeout)
+        self._check_open()
+        self._control.release(tags, idle_timeout)
 
     def resume_memory_occupation(self, tags: Sequence[str] | str | None = None) -> None:
-        """Take memory back, all that is released unless ``tags`` says which. What is not released is left alone."""
-        with self._in_use():
-            self._control.resume(tags)
+        """Take memory back, all that is released unless ``tags`` says which. What is not released is left alone.
+
+        On a mesh, all ranks call, as for ``release_memory_occupation``.
+        """
+        self._check_open()
+        self._control.resume(tags)
 
     def flush_cache(self, timeout: float = 0.0) -> None:
         """Empty the prefix cache; waits ``timeout`` seconds for requests to end. Raises if some still run."""
@@ -342,8 +362,11 @@ class VerlEngine:
         self.shutdown()
 
 
-def _exchange_over(mesh: Mesh | None, size: int) -> Exchange | None:
-    return Exchange(mesh.get_group()) if mesh is not None and size > 1 else None
+def _exchange_over(mesh: Mesh | None) -> Exchange | None:
+    if mesh is None:
+        return None
+    check_mesh(mesh)
+    return Exchange(mesh.get_group()) if mesh.size() > 1 else None
 
 
 def _check_load_format(load_format: str | None) -> None:

@@ -70,8 +70,13 @@ def facts_of_all(ranks: Sequence[Ready]) -> EngineFacts:
 
 
 def largest_version(status: pb.GetStatusResponse) -> int:
-    """Of the decimal versions in it; 0 if there is none."""
-    versions = (status.weight_version, status.last_update.weight_version, status.current_update.weight_version)
+    """Of the decimal versions in it; 0 if there is none.
+
+    Not of an update that still waits for ranks: the rank that asks may be one of those, and must count as they did.
+    """
+    current = status.current_update
+    waits = current.state == pb.UPDATE_STATE_COLLECTING
+    versions = [status.weight_version, status.last_update.weight_version, "" if waits else current.weight_version]
     return max((int(version) for version in versions if version.isdecimal()), default=0)
 
 

@@ -39,7 +39,7 @@ class Fleet:
         self.sidecar: SidecarProcess | None = None
         self.claim: PortClaim | None = None
         self._keep_logs = log_dir is not None
-        self._foreign_files: list[Path] = []
+        self._sidecar_files: list[Path] = []
         self._owner = os.getpid()
         self._stopping = threading.Event()
         self.temporary.mkdir(parents=True, mode=0o700)
@@ -64,9 +64,6 @@ class Fleet:
 
     def start_sidecar(self, config: SidecarConfig) -> None:
         """Returns at once."""
-        for path in _files_beside(config.listen):
-            self._foreign_files.append(path)
-            self._reaper.remove(path)
         self.sidecar = SidecarProcess(config, reaper=self._reaper, wait=False)
 
     def processes(self) -> list[ManagedProcess]:
@@ -79,12 +76,25 @@ class Fleet:
 
     def check_starting(self) -> None:
         """Raises ``LaunchError`` if one has ended while it was starting."""
+        self._adopt_files()
         try:
             for process in self.processes():
                 process.check_starting()
         except LaunchError:
             self._keep_logs = True
             raise
+
+    def sidecar_serves(self) -> bool:
+        """Whether what serves at the sidecar's address is not another process; raises as ``check_starting``."""
+        self.check_starting()
+        return self.sidecar is None or self.sidecar.listens() is not False
+
+    def _adopt_files(self) -> None:
+        """What lies where the sidecar listens is ours only once it listens: before, another one may serve there."""
+        if self.sidecar is not None and not self._sidecar_files and self.sidecar.listens():
+            self._sidecar_files = _files_beside(self.sidecar.listen)
+            for path in self._sidecar_files:
+                self._reaper.remove(path)
 
     def keep_logs(self) -> None:
         """Something went wrong that a person will want to look into."""
@@ -117,6 +127,7 @@ class Fleet:
         if os.getpid() != self._owner or self._stopping.is_set():
             return
         self._stopping.set()
+        self._adopt_files()
         self._keep_logs |= any(process.has_exited() for process in self.processes())
         with contextlib.ExitStack() as last_to_first:
             last_to_first.callback(self._remove_files)
@@ -128,7 +139,7 @@ class Fleet:
                     last_to_first.callback(started.stop)
 
     def _remove_files(self) -> None:
-        for path in self._foreign_files:
+        for path in self._sidecar_files:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.run_folder if self._keep_logs else self.folder, ignore_errors=True)
         for path in _files(self.folder):  # logs that are kept

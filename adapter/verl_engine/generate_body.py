@@ -14,13 +14,13 @@ _NAMES = {"prompt": "text"}
 
 
 def generate_body(parameters: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
-    """Without what was not given."""
+    """Without what was not given, which is None, as in the old class."""
     body = {_NAMES.get(name, name): value for name, value in parameters.items() if value is not None}
     if ("text" in body) == ("input_ids" in body) and "input_embeds" not in body:
         raise ValueError("give either prompt or input_ids")
     if "image_data" in body:
         body["image_data"] = _images(body["image_data"])
-    body = {name: _plain(name, value) for name, value in body.items() if value is not False}
+    body = {name: _plain(name, value) for name, value in body.items()}
     return {**body, "stream": True} if stream else body
 
 

@@ -21,6 +21,8 @@ _TORCHRUN = (
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 _TORCHRUN_PREFIX = "TORCHELASTIC_"
+# How the trainer's allocator works is none of the server's business: its memory saver refuses expandable segments.
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def host_identity() -> str:
@@ -76,8 +78,9 @@ def clean_environment(environ: Mapping[str, str], temporary: Path) -> dict[str, 
     least. The folder holds the sockets that SGLang's processes leave behind; what is worth keeping, torch's compiled
     code, stays where it was.
     """
-    torchrun = {name: None for name in environ if name in _TORCHRUN or name.startswith(_TORCHRUN_PREFIX)}
-    return {**torchrun, "TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": _inductor_cache(environ)}
+    trainers = (*_TORCHRUN, *_ALLOCATOR)
+    unset = {name: None for name in environ if name in trainers or name.startswith(_TORCHRUN_PREFIX)}
+    return {**unset, "TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": _inductor_cache(environ)}
 
 
 def _inductor_cache(environ: Mapping[str, str]) -> str:

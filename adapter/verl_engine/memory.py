@@ -23,6 +23,11 @@ class MemoryState:
         """In the order of their release."""
         return tuple(self._released)
 
+    @property
+    def weights_lost(self) -> bool:
+        """Whether they are whatever the memory holds."""
+        return self._weights_lost
+
     def to_release(self, tags: Sequence[str] | str | None) -> list[str]:
         """Those that are not released yet; None names all. Raises ``ValueError`` for an unknown one."""
         return [tag for tag in _named(tags, TAGS) if tag not in self._released]
@@ -41,7 +46,7 @@ class MemoryState:
         self._weights_lost |= WEIGHTS in tags and not keeps_weights
 
     def mark_updated(self) -> None:
-        """All weights were written."""
+        """All weights were written, or the caller knows which were not."""
         self._weights_lost = False
 
     def check_update(self) -> None:

@@ -190,7 +190,8 @@ class Startup:
             self._waits_for = "the SGLang server" if self.fleet is not None else f"the SGLang server at {self._url}"
             return None
         self._waits_for = f"the sidecar at {self._target}"
-        if not sidecar_is_serving(self._target):
+        # Another sidecar may answer there while ours is about to be refused its address.
+        if not sidecar_is_serving(self._target) or not (self.fleet is None or self.fleet.sidecar_serves()):
             return None
         return self._facts(self._target)
 

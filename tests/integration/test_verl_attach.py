@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapter.errors import LaunchError, SidecarUnreachable, WeightSyncError
+from adapter.errors import LaunchError, SidecarUnreachable, UpdateAborted, WeightSyncError
 from adapter.verl_engine import VerlEngine
 from adapter.wire import UpdateResult
 from tests.fakes import Fault, ScriptedEngine
@@ -92,6 +92,21 @@ def test_memory_is_not_released_while_a_request_runs(start: StartPair) -> None:
         pair.engine.running_requests = 0
         with pytest.raises(WeightSyncError, match="answered 404 to /release_memory_occupation"):
             engines[0].release_memory_occupation()  # the scripted engine has no such route
+
+
+def test_a_rank_that_may_not_update_tells_the_others_at_once(start: StartPair) -> None:
+    pair = start()
+    with attached(pair) as engines, ThreadPoolExecutor(2) as pool:
+        engines[1].release_memory_occupation()  # without a mesh, rank 1 alone believes that it is released
+        pair.mark()
+        waits, refused = (pool.submit(engine.update_weights_from_tensor, WEIGHTS) for engine in engines)
+        with pytest.raises(ValueError, match="the engine's weights are released"):
+            refused.result(10)
+        with pytest.raises(UpdateAborted, match="the engine's weights are released"):
+            waits.result(10)
+        assert pair.posts() == []
+        engines[1].resume_memory_occupation()
+        assert {result.weight_version for result in update(engines)} == {"2"}
 
 
 def test_control_does_nothing_on_other_ranks_than_0(start: StartPair) -> None:

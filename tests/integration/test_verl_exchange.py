@@ -46,6 +46,7 @@ def test_a_failure_of_one_rank_is_raised_on_all_and_they_stay_in_step(tmp_path: 
         ["LaunchError", "no GPU", {"a": "b"}],
         ["ValueError", "bad", None],
         ["FileNotFoundError", "gone", None],
+        ["RuntimeError", "CUDA error", None],
     ]
     assert (
         first[1:-1]
@@ -54,6 +55,7 @@ def test_a_failure_of_one_rank_is_raised_on_all_and_they_stay_in_step(tmp_path: 
             ["LaunchError", "rank 1: no GPU", {"a": "b"}],
             ["ValueError", "rank 1: bad", None],
             ["WeightSyncError", "rank 1: FileNotFoundError: gone", {}],
+            ["WeightSyncError", "rank 1: RuntimeError: CUDA error", {}],
         ]
     )
 
@@ -66,6 +68,23 @@ def test_rank_0_asks_and_all_get_its_answer_or_its_error(tmp_path: Path) -> None
         assert said[4:] == ["late", 3_000_000]
     assert first[3] == ["KeyError", "'a defect'", None]
     assert second[3] == third[3] == ["WeightSyncError", "KeyError: 'a defect'", {}]
+
+
+def test_ctrl_c_on_rank_0_is_told_to_those_who_wait_for_its_answer(tmp_path: Path) -> None:
+    first, *others = play("interrupt", tmp_path)
+    assert first == ["interrupted", ["in step"] * SIZE]
+    for said in others:
+        assert said == [["WeightSyncError", "KeyboardInterrupt", {}], ["in step"] * SIZE]
+
+
+def test_what_is_released_is_what_rank_0_has_released(tmp_path: Path) -> None:
+    first, *others = play("memory", tmp_path)
+    assert all(said == first for said in others)
+    refused, unknown, release, resume = first
+    assert (refused[0][0], refused[1]) == ("WeightSyncError", [])
+    assert (unknown[0][0], unknown[1]) == ("ValueError", [])
+    assert release == [None, ["kv_cache"]]
+    assert (resume[0][0], resume[1]) == ("WeightSyncError", ["kv_cache"])
 
 
 def test_a_stream_goes_through_all_ranks_in_step_and_ends_for_all(tmp_path: Path) -> None:

@@ -220,6 +220,17 @@ def test_two_engines_on_one_host_do_not_take_each_others_port(tmp_path: Path) ->
             claim.close()
 
 
+def test_a_second_engine_at_the_same_socket_is_refused_and_leaves_the_first_alone(tmp_path: Path) -> None:
+    where = {"sidecar": f"unix:{tmp_path / 's.sock'}", "log_dir": str(tmp_path / "logs")}
+    with VerlEngine(**arguments(tmp_path, **where)) as first:
+        with pytest.raises(LaunchError, match=r"the sidecar ended before it was ready(.*\n)*.*another sidecar serves"):
+            VerlEngine(**arguments(tmp_path, **where))
+        assert (tmp_path / "s.sock").is_socket()
+        assert (tmp_path / "s.sock.lock").exists()
+        assert first.update_weights_from_tensor(WEIGHTS).weight_version == "1"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("s.sock")] == []
+
+
 @pytest.mark.parametrize("doing", ["end", "raise"])
 def test_a_trainer_that_ends_without_a_shutdown_leaves_nothing(tmp_path: Path, doing: str) -> None:
     with trainer(doing, tmp_path) as process:

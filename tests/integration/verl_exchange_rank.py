@@ -5,15 +5,21 @@ python -m tests.integration.verl_exchange_rank RANK SIZE STORE SCENE
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch.distributed as dist
 
 from adapter.errors import LaunchError, WeightSyncError
 from adapter.exchange import Exchange
+from adapter.verl_engine.control import EngineControl
+from adapter.verl_engine.deaths import Deaths
+from adapter.verl_engine.facts import EngineFacts
 
 
 def tell(value: Any) -> None:
@@ -37,7 +43,12 @@ def gather(exchange: Exchange) -> None:
 def agree(exchange: Exchange) -> None:
     """All well; then rank 1 fails as a peer does, as a caller does, and with a defect's error of the system."""
     tell(exchange.agree(lambda: exchange.rank * 10))
-    for error in (LaunchError("no GPU", details={"a": "b"}), ValueError("bad"), FileNotFoundError("gone")):
+    for error in (
+        LaunchError("no GPU", details={"a": "b"}),
+        ValueError("bad"),
+        FileNotFoundError("gone"),
+        RuntimeError("CUDA error"),
+    ):
         tell(attempt(lambda error=error: exchange.agree(lambda: _raise_on_1(exchange, error))))  # type: ignore[misc]
     tell(exchange.gather("still in step"))
 
@@ -63,6 +74,50 @@ def _raise(error: Exception) -> None:
 def _late() -> str:
     time.sleep(1.0)
     return "late"
+
+
+def interrupt(exchange: Exchange) -> None:
+    """Ctrl-C while rank 0 waits for an answer; it goes on, as a notebook does."""
+
+    def question() -> None:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    try:
+        tell(attempt(lambda: exchange.ask(question)))
+    except KeyboardInterrupt:
+        tell("interrupted")
+    tell(exchange.gather("in step"))
+
+
+class Server(BaseHTTPRequestHandler):
+    """Frees the KV cache; refuses all else."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        frees = self.path.startswith("/release") and b"weights" not in body
+        self.send_response(200 if frees or self.path.startswith("/flush") else 400)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nobody reads it."""
+
+
+def memory(exchange: Exchange) -> None:
+    """Releases that rank 0 alone sees fail and succeed."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}" if exchange.rank == 0 else "http://127.0.0.1:9"
+    facts = EngineFacts(sidecar="unix:/nowhere", server_url=url)
+    control = EngineControl(facts, Deaths(facts, "here"), exchange, acts=exchange.rank == 0)
+    for call in (
+        lambda: control.release("weights", 1.0),
+        lambda: control.release("weight", 1.0),
+        lambda: control.release("kv_cache", 1.0),
+        lambda: control.resume(None),
+    ):
+        tell([attempt(call), control.memory.released])
 
 
 def stream(exchange: Exchange) -> None:
@@ -102,7 +157,7 @@ def subgroup(exchange: Exchange) -> None:
     exchange.gather(None)
 
 
-SCENES = {scene.__name__: scene for scene in (gather, agree, ask, stream, death, subgroup)}
+SCENES = {scene.__name__: scene for scene in (gather, agree, ask, interrupt, memory, stream, death, subgroup)}
 
 
 def main(rank: int, size: int, store: str, scene: str) -> None:

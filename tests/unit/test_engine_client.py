@@ -23,6 +23,7 @@ REFUSALS = {
 }
 STREAMS = {
     "/stream": ['{"text": "a"}', '{"text": "ab"}', "[DONE]"],
+    "/torn": ['{"text": "a"}', '{"text":'],
     "/broken": ['{"text": "a"}', '{"error": {"message": "out of memory"}}', "[DONE]"],
 }
 
@@ -41,6 +42,8 @@ class Handler(BaseHTTPRequestHandler):
             self._stream(STREAMS[self.path])
         elif self.path == "/slow":
             self._stream(['{"text": "a"}'] * 50, pause_s=0.1)
+        elif self.path == "/torn-answer":
+            self._send(200, "application/json", '{"text":')
         elif self.path == "/flush":
             self._send(200, "text/plain", "Cache flushed.")
         else:
@@ -123,6 +126,16 @@ def test_an_error_in_a_stream_is_raised_after_what_came_before(client: EngineCli
     events = client.events("/broken", {}, 5)
     assert next(events) == {"text": "a"}
     with pytest.raises(WeightSyncError, match="broke off /broken: out of memory"):
+        next(events)
+
+
+def test_an_answer_that_is_no_json_is_the_servers_fault(client: EngineClient) -> None:
+    says = r'the answer of the SGLang server at http://127\.0\.0\.1:\d+ to /torn.* is no JSON.*: {"text":$'
+    with pytest.raises(WeightSyncError, match=says):
+        client.post("/torn-answer", {}, 5)
+    events = client.events("/torn", {}, 5)
+    assert next(events) == {"text": "a"}
+    with pytest.raises(WeightSyncError, match=says):
         next(events)
 
 

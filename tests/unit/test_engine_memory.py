@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from adapter.verl_engine.control import EngineControl
+from adapter.verl_engine.deaths import Deaths
+from adapter.verl_engine.facts import EngineFacts
 from adapter.verl_engine.memory import MemoryState
 
 RELEASED = "memory is released; call resume_memory_occupation"
@@ -83,6 +86,7 @@ def test_weights_without_a_backup_must_be_sent_before_anything_is_generated() ->
 def test_weights_that_were_lost_are_not_generated_with() -> None:
     state = released("weights")
     resume(state)
+    assert state.weights_lost
     with pytest.raises(ValueError, match="released without a backup and have not been sent since; update them first"):
         state.check_generate()
 
@@ -91,3 +95,19 @@ def test_weights_with_a_backup_come_back_as_they_were() -> None:
     state = released("weights")
     resume(state, keeps_weights=True)
     state.check_generate()
+
+
+def test_an_update_that_leaves_names_out_counts_and_warns_once_of_what_they_hold(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    facts = EngineFacts(sidecar="unix:/nowhere")
+    control = EngineControl(facts, Deaths(facts, "here"), None, acts=True)
+    control.mark_updated(["model.rope"])
+    assert capsys.readouterr().err == "", "nothing was lost"
+    control.memory.mark_released(["weights"])
+    control.memory.mark_resumed(["weights"], keeps_weights=False)
+    control.mark_updated(["model.rope", "lm_*"])
+    control.mark_updated(["model.rope", "lm_*"])
+    said = capsys.readouterr().err
+    assert said.count("left out by allow_missing (model.rope, lm_*) has undefined content") == 1
+    control.memory.check_generate()

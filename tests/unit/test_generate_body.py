@@ -21,12 +21,17 @@ class Picture:
 
 
 def test_only_what_was_given_is_sent_under_sglangs_names() -> None:
-    parameters = {"prompt": "hi", "input_ids": None, "sampling_params": {"temperature": 0}, "return_logprob": False}
+    parameters = {"prompt": "hi", "input_ids": None, "sampling_params": {"temperature": 0}, "top_logprobs_num": None}
     assert generate_body(parameters, stream=False) == {"text": "hi", "sampling_params": {"temperature": 0}}
 
 
 def test_a_stream_is_asked_for() -> None:
     assert generate_body({"prompt": "hi"}, stream=True) == {"text": "hi", "stream": True}
+
+
+def test_an_explicit_no_is_sent() -> None:
+    body = generate_body({"prompt": "hi", "return_logprob": False, "log_metrics": False}, stream=False)
+    assert body == {"text": "hi", "return_logprob": False, "log_metrics": False}
 
 
 def test_zero_is_not_nothing() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from adapter.errors import LaunchError
 from adapter.launch import EngineConfig, EngineProcess, ManagedProcess
-from adapter.launch.ports import PortClaim, free_port, is_free, listens_elsewhere
+from adapter.launch.ports import PortClaim, free_port, is_free, listens_among, listens_elsewhere
 
 MAPS_SHARED_MEMORY = """
 import mmap, os, sys, time
@@ -158,3 +158,19 @@ def _wait_for_listener(port: int) -> None:
     while is_free(port):
         assert time.monotonic() < give_up
         time.sleep(0.05)
+
+
+def test_who_listens_at_a_socket_file_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "a b.sock"
+    assert listens_among(path, [os.getpid()]) is None
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind(str(path))
+        assert listens_among(path, [os.getpid()]) is None, "it is only bound"
+        server.listen()
+        assert listens_among(path, [os.getpid()]) is True
+        assert listens_elsewhere(path, [os.getppid()])
+        client.connect(str(path))
+        accepted, _ = server.accept()
+        server.close()
+        assert listens_among(path, [os.getpid()]) is None, "a connection does not listen"
+        accepted.close()

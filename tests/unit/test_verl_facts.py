@@ -63,6 +63,12 @@ def test_versions_count_on_from_the_largest_decimal_one() -> None:
     assert largest_version(status("", "v3", "12")) == 12
 
 
+@pytest.mark.parametrize(("state", "expected"), [("COLLECTING", 7), ("APPLYING", 8)])
+def test_a_version_counts_once_its_update_waits_for_no_rank_any_more(state: str, expected: int) -> None:
+    current = pb.UpdateOutcome(weight_version="8", state=pb.UpdateState.Value(f"UPDATE_STATE_{state}"))
+    assert largest_version(pb.GetStatusResponse(weight_version="7", current_update=current)) == expected
+
+
 @pytest.mark.parametrize(
     ("info", "expected"),
     [

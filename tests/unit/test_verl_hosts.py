@@ -19,6 +19,13 @@ def test_nothing_of_torchruns_reaches_the_server_and_all_else_does() -> None:
     assert "HF_HOME" not in cleaned, "what is not named is inherited"
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_the_trainers_allocator_settings_are_not_the_servers(name: str) -> None:
+    cleaned = clean_environment({name: "expandable_segments:True"}, Path("/run/t"))
+    assert cleaned[name] is None
+    assert name not in clean_environment({}, Path("/run/t"))
+
+
 def test_temporary_files_get_a_folder_of_their_own_but_compiled_code_stays() -> None:
     assert clean_environment({}, Path("/run/t"))["TMPDIR"] == "/run/t"
     cache = clean_environment({}, Path("/run/t"))["TORCHINDUCTOR_CACHE_DIR"]
