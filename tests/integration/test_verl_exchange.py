@@ -60,6 +60,12 @@ def test_a_failure_of_one_rank_is_raised_on_all_and_they_stay_in_step(tmp_path: 
     )
 
 
+def test_each_rank_keeps_its_own_result_unless_one_of_them_fails(tmp_path: Path) -> None:
+    for rank, said in enumerate(play("together", tmp_path)):
+        mistake = ["ValueError", "bad" if rank == 1 else "rank 1: bad", None]
+        assert said == [[rank], mistake, ["in step"] * SIZE]
+
+
 def test_rank_0_asks_and_all_get_its_answer_or_its_error(tmp_path: Path) -> None:
     first, second, third = play("ask", tmp_path)
     for said in (first, second, third):

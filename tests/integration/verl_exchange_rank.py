@@ -53,6 +53,13 @@ def agree(exchange: Exchange) -> None:
     tell(exchange.gather("still in step"))
 
 
+def together(exchange: Exchange) -> None:
+    """Each rank's own result, or the failure of rank 1."""
+    tell([*exchange.together(lambda: {exchange.rank})])
+    tell(attempt(lambda: exchange.together(lambda: _raise_on_1(exchange, ValueError("bad")))))
+    tell(exchange.gather("in step"))
+
+
 def _raise_on_1(exchange: Exchange, error: Exception) -> None:
     if exchange.rank == 1:
         raise error
@@ -157,7 +164,7 @@ def subgroup(exchange: Exchange) -> None:
     exchange.gather(None)
 
 
-SCENES = {scene.__name__: scene for scene in (gather, agree, ask, interrupt, memory, stream, death, subgroup)}
+SCENES = {scene.__name__: scene for scene in (gather, agree, together, ask, interrupt, memory, stream, death, subgroup)}
 
 
 def main(rank: int, size: int, store: str, scene: str) -> None:
