@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,8 +32,6 @@ class Buckets(Protocol):
     plan: Plan
     depth: int
     """How many buckets may be out at a time."""
-    gather_failed: bool
-    """Whether a gather itself has failed, and with it the process group: then nobody waits for the rest."""
 
     def fill(self, bucket: int) -> Export:
         """The memory of this bucket, with its bytes in it; buckets are asked for in order, once."""
@@ -45,7 +43,7 @@ class Buckets(Protocol):
         """After the engine has read: raise ``ValueError`` if memory that it read from was not there to the end."""
 
     def forgo(self) -> None:
-        """Take part in what other ranks wait for of the tensors that were not brought."""
+        """Take part in what other ranks wait for of the tensors that were not brought; nothing once a gather failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +51,17 @@ class _Push:
     bucket: int
     export: Export
     answer: grpc.Future[pb.PushBucketResponse]
+
+
+def take_part(forgo: Callable[[], None]) -> None:
+    """Go through the gathers that are left, for the ranks that wait in them, without hiding why nothing is sent."""
+    with suppress(RuntimeError):  # of torch.distributed: a peer has gone, too
+        forgo()
+
+
+def in_words(error: BaseException) -> str:
+    """What the other ranks are told of it."""
+    return f"{type(error).__name__}: {error}"[:512]
 
 
 class BucketedSend:
@@ -138,7 +147,7 @@ class BucketedSend:
     def _abort(self, cause: BaseException) -> None:
         """Tell the other ranks, and learn of the pushes in flight what became of their memory."""
         request = pb.AbortUpdateRequest(
-            update_id=self._header.update_id, rank=self._header.rank, reason=f"{type(cause).__name__}: {cause}"[:512]
+            update_id=self._header.update_id, rank=self._header.rank, reason=in_words(cause)
         )
         with suppress(WeightSyncError):  # it has ended already, or nobody is there: the cause says why
             self._stub.call(self._stub.rpc.AbortUpdate, request, ABORT_TIMEOUT_S)

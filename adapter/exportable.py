@@ -54,8 +54,11 @@ def segment_bytes(num_bytes: int, device: torch.device) -> int:
     return tried + -(-num_bytes // _SMALL_SEGMENT) * _SMALL_SEGMENT
 
 
-def is_expandable(handle: bytes) -> bool:
-    """Whether the handle of a CUDA allocation is that of an expandable segment."""
+def is_expandable(flat: torch.Tensor) -> bool:
+    """Whether GPU memory lies in an expandable segment; raises ``MemoryNotExportable`` if it cannot be exported."""
+    export = CudaExport(flat)
+    handle = export.handle().cuda_ipc.memory_handle
+    export.reclaim()
     return handle[1:2] == b"e"
 
 
@@ -81,10 +84,7 @@ def _on_gpu(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 def _is_expandable_now(device: torch.device) -> bool:
     """Whether torch allocates in expandable segments; raises ``MemoryNotExportable`` where nothing can be exported."""
-    export = CudaExport(_in_own_segment(1, device))
-    handle = export.handle().cuda_ipc.memory_handle
-    export.reclaim()
-    return is_expandable(handle)
+    return is_expandable(_in_own_segment(1, device))
 
 
 def give_back() -> None:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from adapter import wire
-from adapter.bucketed import ABORT_TIMEOUT_S, Buckets
+from adapter.bucketed import ABORT_TIMEOUT_S, Buckets, in_words, take_part
 from adapter.errors import IncompatibleSidecar, UpdateRefused, WeightSyncError
 from adapter.exports import Export
 from adapter.ledger import RELEASE_PATIENCE_S, ExportLedger
@@ -75,10 +75,9 @@ class LoraSender:
             export = buckets.fill(0)
             request.handle.CopyFrom(export.handle())
         except BaseException as error:
-            self._tell_others(request, f"{type(error).__name__}: {error}"[:512])
-            if isinstance(error, Exception) and not buckets.gather_failed:
-                with suppress(RuntimeError):  # of torch.distributed: a peer has gone, too
-                    buckets.forgo()
+            self._tell_others(request, in_words(error))
+            if isinstance(error, Exception):
+                take_part(buckets.forgo)
             raise
         return export
 

@@ -32,7 +32,6 @@ class ResidentBuckets:
         rules: Sequence[re.Pattern[str]] = DEFAULT_RULES,
     ) -> None:
         self.depth = _DEPTH
-        self.gather_failed = False
         self._regions = _regions(tensors)
         self._exports = exports
         self._allow_expandable = allow_expandable
@@ -149,10 +148,7 @@ def _check_exportable(name: str, tensor: torch.Tensor, allow_expandable: bool) -
         if not is_shared_file(storage):
             raise MemoryNotExportable(f"tensor {name} does not lie in a file of /dev/shm; use adapter.allocate_flat")
         return
-    export = export_of(_flat(tensor))
-    handle = export.handle().cuda_ipc.memory_handle
-    export.reclaim()
-    if is_expandable(handle) and not allow_expandable:
+    if is_expandable(_flat(tensor)) and not allow_expandable:
         raise MemoryNotExportable(
             f"tensor {name} lies in an expandable segment, which an engine in another container, or under another "
             "user, has no right to open; allocate it with expandable_segments:False or adapter.allocate_flat, or say "

@@ -7,7 +7,7 @@ at the sidecar nor in a gather of the trainer's own process group.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from adapter.bucketed import ABORT_TIMEOUT_S, BucketedSend, Buckets
+from adapter.bucketed import ABORT_TIMEOUT_S, BucketedSend, Buckets, in_words, take_part
 from adapter.errors import WeightSyncError
 from adapter.exports import Export
 from adapter.known_manifest import KnownManifest
@@ -43,22 +43,19 @@ class UpdateSender:
         if not isinstance(cause, Exception):  # Ctrl-C
             return
         self._tell(header, plan, cause)
-        with suppress(RuntimeError):  # of torch.distributed: a peer has gone, too
-            forgo()
+        take_part(forgo)
 
     @contextmanager
     def _others_do_not_wait(self, buckets: Buckets) -> Iterator[None]:
         try:
             yield
         except Exception:
-            if not buckets.gather_failed:
-                with suppress(RuntimeError):  # of torch.distributed: a peer has gone, too
-                    buckets.forgo()
+            take_part(buckets.forgo)
             raise
 
     def _tell(self, header: pb.UpdateHeader, plan: Plan, cause: BaseException) -> None:
         with suppress(WeightSyncError, ValueError):  # nobody is there, it has ended already, or it cannot be told
-            self._join_and_abort(header, plan, f"{type(cause).__name__}: {cause}"[:512])
+            self._join_and_abort(header, plan, in_words(cause))
 
     def _in_one_call(self, header: pb.UpdateHeader, buckets: Buckets, timeout_s: float) -> pb.UpdateOutcome:
         reference = self._known.reference(buckets.plan)

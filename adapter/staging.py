@@ -104,7 +104,7 @@ class StagedBuckets:
     ) -> None:
         """``one_by_one``: the iterator may free or reuse a tensor's memory as soon as it is asked for the next."""
         self.plan = plan
-        self.gather_failed = False
+        self._gather_failed = False
         self._one_by_one = one_by_one
         self.depth = buffers.num_buffers
         self._tensors = tensors
@@ -132,7 +132,7 @@ class StagedBuckets:
 
     def forgo(self) -> None:
         """Take part in the gathers of what was not written: other ranks wait for them."""
-        if self.gather_failed:
+        if self._gather_failed:
             return
         if self._pending is not None:
             self._pending.forgo(self._device)
@@ -155,7 +155,7 @@ class StagedBuckets:
         try:
             tensor.write(destination)
         except BaseException:
-            self.gather_failed = not isinstance(tensor, PlainTensor)  # for all ranks: there is nothing to go on with
+            self._gather_failed = not isinstance(tensor, PlainTensor)  # for all ranks: there is nothing to go on with
             raise
 
     def _next(self, spec: TensorSpec) -> LazyTensor:

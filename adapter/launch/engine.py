@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import requests
-
+from adapter.engine_client import EngineClient
 from adapter.launch.ports import free_port, listens_elsewhere
 from adapter.launch.process import ManagedProcess, Started
 from adapter.launch.reaper_process import ReaperProcess
@@ -18,7 +17,6 @@ from adapter.launch.reaper_process import ReaperProcess
 # Message queues of 25 MB, load figures and semaphores. SGLang removes them only in its own CI; a process that is killed
 # leaves its semaphores too.
 SHARED_MEMORY_PREFIXES = ("sgl_shm_", "sglang_loads_", "sem.mp-")
-_ANSWER_S = 5.0
 SERVER = "the SGLang server"
 
 
@@ -91,16 +89,7 @@ class EngineProcess(Started):
 
     def is_ready(self) -> bool:
         """Whether it answers; one that serves no requests is waited for by the one that does."""
-        return not self._serves_http or (self._answers() and self._has_its_port())
-
-    def _answers(self) -> bool:
-        # /health would generate a token, and answers 503 while generation is paused.
-        with requests.Session() as session:
-            session.trust_env = False  # no proxy stands between this host and itself
-            try:
-                return session.get(f"{self.url}/model_info", timeout=_ANSWER_S).ok
-            except requests.RequestException:
-                return False
+        return not self._serves_http or (EngineClient(self.url).answers() and self._has_its_port())
 
     def _has_its_port(self) -> bool:
         return not listens_elsewhere(self.port, self.process.session_members())

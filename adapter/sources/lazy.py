@@ -40,6 +40,14 @@ class LazyTensor(ABC):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+class GatheredTensor(LazyTensor):
+    """One whose ``write`` every rank of a group must call."""
+
+    def forgo(self, device: torch.device) -> None:
+        """Gather for the others' sake, and drop it."""
+        self.write(torch.empty(self.shape, dtype=self.dtype, device=device))
+
+
 Sendable: TypeAlias = torch.Tensor | LazyTensor
 """What a pair of ``named_tensors`` may hold; DTensors are tensors."""
 NamedTensors: TypeAlias = Iterable[tuple[str, Sendable]]

@@ -14,10 +14,10 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from adapter.sources.gather import broadcast_from, chunk_rows, gather_rows, out_of_reach_bytes
-from adapter.sources.lazy import LazyTensor
+from adapter.sources.lazy import GatheredTensor
 
 
-class ShardedDTensor(LazyTensor):
+class ShardedDTensor(GatheredTensor):
     """A DTensor of any placements."""
 
     def __init__(self, value: DTensor, dtype: torch.dtype | None = None) -> None:
@@ -49,7 +49,7 @@ class ShardedDTensor(LazyTensor):
     def forgo(self, device: torch.device) -> None:
         """Gather for the others' sake."""
         if not self._replicated:
-            self.write(torch.empty(self.shape, dtype=self.dtype, device=device))
+            super().forgo(device)
 
     def local_tensors(self) -> Iterable[torch.Tensor]:
         """This rank's shard."""
@@ -74,7 +74,7 @@ def row_sharded_dim(value: DTensor) -> int | None:
     return None
 
 
-class RowOfDTensor(LazyTensor):
+class RowOfDTensor(GatheredTensor):
     """``value[index][rows]`` of a stacked DTensor that is cut by its first dimension: it lies on one rank."""
 
     def __init__(self, value: DTensor, index: int, rows: slice, dtype: torch.dtype | None = None) -> None:
@@ -95,16 +95,12 @@ class RowOfDTensor(LazyTensor):
         """Broadcast from the rank that has it."""
         broadcast_from(self._local, destination, self._owner, self._group)
 
-    def forgo(self, device: torch.device) -> None:
-        """Broadcast for the others' sake."""
-        self.write(torch.empty(self.shape, dtype=self.dtype, device=device))
-
     def local_tensors(self) -> Iterable[torch.Tensor]:
         """The row, on the rank that has it."""
         return () if self._local is None else (self._local,)
 
 
-class ChunkedShardedTensor(LazyTensor):
+class ChunkedShardedTensor(GatheredTensor):
     """A ShardedTensor of FSDP1's sharded state dict: rows, one shard per rank, the last ranks maybe without."""
 
     def __init__(self, value: ShardedTensor, dtype: torch.dtype | None = None) -> None:
@@ -127,10 +123,6 @@ class ChunkedShardedTensor(LazyTensor):
             owner = _owner(shard)
             in_group = dist.get_group_rank(self._group, owner)
             broadcast_from(next(mine) if owner == me else None, rows, in_group, self._group)
-
-    def forgo(self, device: torch.device) -> None:
-        """Broadcast for the others' sake."""
-        self.write(torch.empty(self.shape, dtype=self.dtype, device=device))
 
     def local_tensors(self) -> Iterable[torch.Tensor]:
         """This rank's shards."""

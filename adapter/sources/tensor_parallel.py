@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from adapter.sources.gather import gather_rows, out_of_reach_bytes
-from adapter.sources.lazy import LazyTensor, PlainTensor, Sendable
+from adapter.sources.lazy import GatheredTensor, PlainTensor, Sendable
 
 
 class Layout(ABC):
@@ -133,7 +133,7 @@ def join_shards(
     return [pair for how, local in layouts if how is not None for pair in how.join(local, group, dtype)]
 
 
-class JoinedRows(LazyTensor):
+class JoinedRows(GatheredTensor):
     """Equal shards, one below the other."""
 
     def __init__(
@@ -163,16 +163,12 @@ class JoinedRows(LazyTensor):
         mine = self._local.reshape(self._share, *self._tail)[: self._rows[dist.get_rank(self._group)]]
         gather_rows(mine.to(self.dtype), destination, self._rows, self._group)
 
-    def forgo(self, device: torch.device) -> None:
-        """Gather for the others' sake."""
-        self.write(torch.empty(self.shape, dtype=self.dtype, device=device))
-
     def local_tensors(self) -> Iterable[torch.Tensor]:
         """This rank's shard."""
         return (self._local,)
 
 
-class JoinedColumns(LazyTensor):
+class JoinedColumns(GatheredTensor):
     """Equal shards, side by side: gathered in a whole copy, since a rank's columns do not lie together."""
 
     def __init__(self, local: torch.Tensor, group: dist.ProcessGroup, dtype: torch.dtype | None = None) -> None:
@@ -190,10 +186,6 @@ class JoinedColumns(LazyTensor):
         gather_rows(self._local.to(self.dtype), gathered, [rows] * self._ranks, self._group)
         for rank, part in enumerate(torch.split(gathered, rows)):
             destination[:, rank * columns : (rank + 1) * columns].copy_(part)
-
-    def forgo(self, device: torch.device) -> None:
-        """Gather for the others' sake."""
-        self.write(torch.empty(self.shape, dtype=self.dtype, device=device))
 
     def local_tensors(self) -> Iterable[torch.Tensor]:
         """This rank's shard."""
