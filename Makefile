@@ -4,6 +4,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Where benchmarks put what they measure: a folder of its own for each run, since ratios hold within one run.
+BENCH_OUT ?= bench/$(shell date -u +%Y%m%dT%H%M%SZ)
+BENCH_OUT := $(BENCH_OUT)
+MODEL ?= dense-8b
+TP ?= 1
 PROTO := proto/sidecar/v1/weight_sync.proto
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
@@ -17,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install engines fmt lint types proto proto-check proto-baseline demo test test-fast faults soak test-gpu check clean
+.PHONY: help install engines fmt lint types proto proto-check proto-baseline demo test test-fast faults soak test-gpu bench bench-gpu check clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +87,17 @@ soak: install  ## a thousand updates with a fault every twenty, on a real server
 
 test-gpu: install  ## on a machine with CUDA devices
 	pytest tests/gpu -m gpu
+
+bench: install  ## this against its peers on the CPU: tiny models on a real server, control, manifests (5 minutes)
+	python -m benchmarks sync --model dense-tiny --out $(BENCH_OUT)
+	python -m benchmarks sync --model moe-tiny --out $(BENCH_OUT)
+	python -m benchmarks control --out $(BENCH_OUT)
+	python -m benchmarks manifest --out $(BENCH_OUT)
+	python -m benchmarks check $(BENCH_OUT) || true
+
+bench-gpu: install  ## the same on a GPU machine: MODEL=dense-8b, moe-12l or moe-48l, TP=1 or 2
+	python -m benchmarks sync --device cuda --model $(MODEL) --tp $(TP) --out $(BENCH_OUT)
+	python -m benchmarks check $(BENCH_OUT) || true
 
 check: lint types proto-check test  ## what CI runs
 

@@ -17,7 +17,7 @@ import grpc
 
 from adapter.errors import WeightSyncError, from_rpc_error
 from adapter.exports import Export
-from adapter.known_manifest import KnownManifest
+from adapter.known_manifest import KnownManifests
 from adapter.ledger import ExportLedger
 from adapter.planner import Plan
 from adapter.sidecar_stub import SidecarStub
@@ -71,7 +71,7 @@ class BucketedSend:
         self,
         stub: SidecarStub,
         ledger: ExportLedger,
-        known: KnownManifest,
+        known: KnownManifests,
         header: pb.UpdateHeader,
         buckets: Buckets,
         timeout_s: float,

@@ -17,7 +17,7 @@ from typing import Self
 
 import torch
 
-from adapter import resident, wire
+from adapter import wire
 from adapter.bucketed import Buckets
 from adapter.checks import refuse_forked_cuda
 from adapter.errors import EngineUnreachable, UpdateRefused, WeightSyncError
@@ -25,8 +25,9 @@ from adapter.exports import Export
 from adapter.fusion import DEFAULT_RULES, compile_rules
 from adapter.ledger import ExportLedger
 from adapter.lora_client import LoraConfig, LoraSender, config_json
-from adapter.outgoing import MemoryNeed, Outgoing, check_values, outgoing
+from adapter.outgoing import MemoryNeed, Outgoing, Planner, WholeTensors
 from adapter.planner import Plan, TensorSpec, plan
+from adapter.resident import Residents
 from adapter.sending import UpdateSender
 from adapter.sidecar_stub import SidecarStub
 from adapter.sources.lazy import NamedTensors
@@ -37,10 +38,15 @@ from sidecar.v1 import weight_sync_pb2 as pb
 logger = logging.getLogger(__name__)
 
 DEFAULT_BUCKET_BYTES = 2 << 30
+MEMORY_IS_KEPT = "MEMORY_IS_KEPT"
 
 
 class WeightSyncClient:
     """One trainer rank's connection to the sidecar of one engine. Not for use by several threads at once.
+
+    Whole tensors that come again as they were (names, dtypes, shapes, strides; in place also addresses) are planned and
+    listed once. What is remembered for that is names and numbers, never a tensor: besides the staging buffers only
+    memory that was sent in place is kept, until the next update in place or ``close``.
 
     Args:
         target: where the sidecar listens: ``unix:/path.sock`` or ``host:port``.
@@ -75,14 +81,16 @@ class WeightSyncClient:
         self.bucket_bytes = bucket_bytes
         self._device = torch.device(device) if device is not None else None
         self._rules = (*DEFAULT_RULES, *compile_rules(fused_groups))
-        self._allow_expandable = allow_expandable_segments
         self._stub = SidecarStub(target)
         self._buffers = StagingBuffers(staging_buffers)
-        self._regions: dict[tuple[int, int], Export] = {}
-        """Exports of the trainer's own memory, which are sent in place."""
+        self._planner = Planner(bucket_bytes, self._rules)
+        self._residents = Residents(allow_expandable_segments, self._rules)
         self._ledger = ExportLedger(keeps=self._keeps)
         self._sender = UpdateSender(self._stub, self._ledger)
         self._stated: MemoryNeed | None = None
+        self._engine_seen: pb.EngineInfo | None = None
+        self._all_went_well = False
+        """Whether the last update did."""
 
     def update_weights(
         self,
@@ -147,6 +155,13 @@ class WeightSyncClient:
             buckets = self._resident(header, named_tensors, specs, check_finite)
         else:
             buckets = self._staged(header, named_tensors, specs, check_finite)
+        try:
+            return self._send(header, buckets, timeout)
+        except UpdateRefused as refusal:
+            if refusal.reason == MEMORY_IS_KEPT:  # by an engine that is not replayed any more
+                self.release_staging()
+            if refusal.reason != MEMORY_IS_KEPT or not in_place:
+                raise
         return self._send(header, buckets, timeout)
 
     def give_up(
@@ -163,7 +178,7 @@ class WeightSyncClient:
         Takes part in all gathers of ``named_tensors`` that they go through. Raises only ``ValueError`` for tensors
         that could not have been sent.
         """
-        cargo = outgoing(named_tensors, specs, self.bucket_bytes, self._rules)
+        cargo = self._planner.outgoing(named_tensors, specs)
         header = pb.UpdateHeader(
             update_id=update_id or version,
             weight_version=version,
@@ -175,12 +190,17 @@ class WeightSyncClient:
 
     def memory_needed(self, named_tensors: NamedTensors, *, specs: Sequence[TensorSpec] | None = None) -> MemoryNeed:
         """What an update of these tensors takes of this rank's memory, at most; nothing is gathered or allocated."""
-        cargo = outgoing(named_tensors, specs, self.bucket_bytes, self._rules)
+        cargo = self._planner.outgoing(named_tensors, specs)
         return cargo.memory(self._buffers, self._likely_device())
 
     def release_staging(self) -> None:
-        """Give the staging buffers back until the next update."""
+        """Give the staging buffers back until the next update, and have the engine close what it keeps mapped.
+
+        An engine with the replay loader keeps the memory of updates mapped, so that freeing it frees nothing before.
+        Waits at most five seconds for each region.
+        """
         self._buffers.release()
+        self._residents.let_go()
 
     def update_weights_from_disk(
         self, *, version: str, model_path: str = "", pause_mode: str = "retract", timeout: float = 1800.0
@@ -288,7 +308,7 @@ class WeightSyncClient:
         self._look_after()
         self._ledger.settle()
         self._buffers.release()
-        self._regions.clear()
+        self._residents.clear()
         self._stub.close()
 
     def __enter__(self) -> Self:
@@ -308,12 +328,12 @@ class WeightSyncClient:
         specs: Sequence[TensorSpec] | None,
         look_at_values: bool,
     ) -> Buckets:
-        cargo = outgoing(named_tensors, specs, self.bucket_bytes, self._rules)
+        cargo = self._planner.outgoing(named_tensors, specs)
         with self._others_are_told(header, cargo.plan, lambda: cargo.forgo(self._likely_device())):
             device = self._staging_device(self._look_before(header, cargo.plan))
             self._state_memory(cargo, device)
             if look_at_values:
-                check_values(cargo.tensors)
+                cargo.check_values()
             return cargo.staged(self._buffers, device)
 
     def _resident(
@@ -325,12 +345,11 @@ class WeightSyncClient:
     ) -> Buckets:
         if specs is not None:
             raise ValueError("in_place sends tensors from where they lie, so it takes them as a list, without specs")
-        tensors = resident.listed(named_tensors)
-        buckets = resident.ResidentBuckets(tensors, self._regions, self._allow_expandable, self._rules)
+        buckets = self._residents.buckets(named_tensors)
         with self._others_are_told(header, buckets.plan, buckets.forgo):
             self._look_before(header, buckets.plan)
             if look_at_values:
-                check_values(tensors)
+                buckets.check_values()
         return buckets
 
     @contextmanager
@@ -346,6 +365,7 @@ class WeightSyncClient:
         try:
             result = wire.result(self._sender.send(header, buckets, timeout))
             self._look_after()
+            self._all_went_well = True
             return result
         finally:
             self._ledger.settle()
@@ -356,7 +376,7 @@ class WeightSyncClient:
         if header.keep_cache:
             self._stub.require(pb.FEATURE_KEEP_CACHE)
 
-    def _state_memory(self, cargo: Outgoing, device: torch.device) -> None:
+    def _state_memory(self, cargo: Outgoing | WholeTensors, device: torch.device) -> None:
         """Say what the update takes before it takes it, once for each amount."""
         need = cargo.memory(self._buffers, device)
         if need != self._stated:
@@ -371,7 +391,7 @@ class WeightSyncClient:
             )
 
     def _keeps(self, export: Export) -> bool:
-        return self._buffers.keeps(export) or resident.keeps(self._regions, export)
+        return self._buffers.keeps(export) or self._residents.keeps(export)
 
     def _look_before(self, header: pb.UpdateHeader, plan: Plan) -> pb.EngineInfo:
         """See that sidecar and engine are there before memory is spent, and take back what is out of use."""
@@ -379,11 +399,19 @@ class WeightSyncClient:
         return self._engine()
 
     def _engine(self) -> pb.EngineInfo:
-        """The engine, once what an earlier update has left out is taken back."""
+        """The engine, once what an earlier update has left out is taken back.
+
+        After an update that went well and left nothing out it is not asked for while the sidecar stays connected.
+        """
+        went_well, self._all_went_well = self._all_went_well, False
+        nothing_left = not self._ledger.unreleased_bytes
+        if went_well and nothing_left and self._stub.is_connected and self._engine_seen is not None:
+            return self._engine_seen
         status = self._stub.status()
         if not status.HasField("engine"):
             raise EngineUnreachable(f"the sidecar at {self._stub.target} waits for its engine: {status.reason}")
         self._revisit(status)
+        self._engine_seen = status.engine
         return status.engine
 
     def _revisit(self, status: pb.GetStatusResponse) -> None:

@@ -18,6 +18,7 @@ lowers the counter of a second one before it has read it. An expandable segment'
 where a plain allocation's has "c": opening it takes rights (pidfd_getfd) that another container's process lacks.
 """
 
+import logging
 import os
 import secrets
 import struct
@@ -29,10 +30,14 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from adapter.errors import MemoryNotExportable
+from adapter.lease import Lease
 from sidecar.v1 import weight_sync_pb2 as pb
+
+logger = logging.getLogger(__name__)
 
 SHM = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives on Linux
 TORCH_HEADER_BYTES = 64
+LET_GO_PATIENCE_S = 5.0
 
 
 class Export(ABC):
@@ -53,69 +58,139 @@ class Export(ABC):
     def reclaim(self) -> None:
         """Take the importer's share back: only where it never opened the region, or died with it."""
 
+    @abstractmethod
+    def answered(self) -> None:
+        """The engine has answered for the load of what was lent, so it has read it."""
+
+    @abstractmethod
+    def let_go(self) -> None:
+        """Have an engine that keeps the region mapped close it, for a region that is not being read."""
+
     def drop(self) -> None:
         """Give the memory of a released region back, for good: this object itself may live on in a traceback."""
         assert self.released(), "the last importer still holds the region"
+        self.let_go()
         self.flat = torch.empty(0, dtype=torch.uint8)
 
 
 def export_of(flat: torch.Tensor) -> Export:
     """An export of ``flat``: uint8, one-dimensional, in GPU memory or in a file of torch's in /dev/shm."""
-    return CudaExport(flat) if flat.is_cuda else HostExport(flat)
+    return CudaExport(flat, may_be_kept=True) if flat.is_cuda else HostExport(flat)
 
 
 class _CudaLoan(NamedTuple):
-    """What torch keeps of one export."""
+    """One of torch's exports."""
 
     alias: torch.Tensor
-    counter_file: str
-    counter_slot: int
+    handle: pb.CudaIpcHandle
+
+    @property
+    def counter_file(self) -> str:
+        """Where its reference counter is."""
+        return self.handle.ref_counter_handle
+
+    @property
+    def counter_slot(self) -> int:
+        """Which of the file's it is."""
+        return self.handle.ref_counter_offset
+
+    @property
+    def position(self) -> int:
+        """Its byte in the file."""
+        return TORCH_HEADER_BYTES + 8 * self.counter_slot
 
 
 class CudaExport(Export):
-    """GPU memory, opened by CUDA IPC in a process that sees the same GPU."""
+    """GPU memory, opened by CUDA IPC in a process that sees the same GPU.
 
-    def __init__(self, flat: torch.Tensor) -> None:
+    With a lease (``adapter.lease``) an engine may keep it mapped when it has read it. It is then lent again by the same
+    handle, whose counter stays 1; what the engine was given is told by its answers, and whether it has the memory
+    mapped by its lock.
+    """
+
+    def __init__(self, flat: torch.Tensor, *, may_be_kept: bool = False) -> None:
         self.flat = flat
+        self._may_be_kept = may_be_kept
+        self._lease: Lease | None = None
         self._loan: _CudaLoan | None = None
+        self._being_read = False
+        """Whether it was lent, and neither answered for nor taken back."""
+        self._kept = False
+        """Whether it was seen to be mapped while it was not being read."""
 
     def handle(self) -> pb.MemoryHandle:
         assert self.released(), "the last importer still holds the region"
         # The importer waits for an event on the stream that is current here; the device is synchronised as well,
-        # because the bytes may have been written on another one.
+        # because the bytes may have been written on another one, and a mapping that is kept waits for nothing.
         torch.cuda.synchronize(self.flat.device)
+        self._being_read = True
+        if self._loan is None:
+            self._loan = self._new_loan()
+            self._kept = False
+        return pb.MemoryHandle(loan=_new_loan_number(), cuda_ipc=self._described(self._loan))
+
+    def released(self) -> bool:
+        if self._loan is not None and _read(self._loan.counter_file, "<q", self._loan.position) in (None, 0):
+            self._loan = None
+        if self._loan is None or self._being_read:
+            return self._loan is None
+        if self._is_mapped():
+            return True
+        if self._kept:  # whoever kept it is gone without lowering the counter
+            self._take_back()
+        return self._loan is None
+
+    def answered(self) -> None:
+        self._being_read = False
+        self._kept = self._is_mapped()
+
+    def reclaim(self) -> None:
+        if self.released():
+            return
+        self._being_read = False
+        self._kept = self._is_mapped()
+        if not self._kept:
+            self._take_back()
+
+    def let_go(self) -> None:
+        if self._lease is not None and self.released() and not self._lease.end(LET_GO_PATIENCE_S):
+            logger.warning("the engine still has %d bytes mapped that it was asked to let go", self.flat.numel())
+        self._lease = None
+
+    def _new_loan(self) -> _CudaLoan:
+        if self._may_be_kept:
+            self._lease = Lease()
         with torch.cuda.device(self.flat.device):
             # Torch wraps the storage that it shares anew at every export, and keeps an event and a counter until the
             # storage is dropped. So what it shares is a tensor of its own over the same memory, dropped with the loan.
             alias = from_dlpack(self.flat)
-            shared = _share_cuda(alias)
-        _, memory, size, offset, counter_file, counter_slot, event, event_sync = shared
-        self._loan = _CudaLoan(alias, counter_file.decode(), counter_slot)
-        return pb.MemoryHandle(
-            loan=_new_loan(),
-            cuda_ipc=pb.CudaIpcHandle(
-                device_uuid=str(torch.cuda.get_device_properties(self.flat.device).uuid),
-                memory_handle=memory,
-                storage_size_bytes=size,
-                storage_offset_bytes=offset,
-                ref_counter_handle=counter_file.decode(),
-                ref_counter_offset=counter_slot,
-                event_handle=event,
-                event_sync_required=event_sync,
-            ),
+            _, memory, size, offset, counter_file, counter_slot, event, event_sync = _share_cuda(alias)
+        handle = pb.CudaIpcHandle(
+            device_uuid=str(torch.cuda.get_device_properties(self.flat.device).uuid),
+            memory_handle=memory,
+            storage_size_bytes=size,
+            storage_offset_bytes=offset,
+            ref_counter_handle=counter_file.decode(),
+            ref_counter_offset=counter_slot,
+            event_handle=event,
+            event_sync_required=event_sync,
+            lease=self._lease.name if self._lease else "",
         )
+        return _CudaLoan(alias, handle)
 
-    def released(self) -> bool:
-        if self._loan is not None:
-            position = TORCH_HEADER_BYTES + 8 * self._loan.counter_slot
-            if _read(self._loan.counter_file, "<q", position) in (None, 0):
-                self._loan = None
-        return self._loan is None
+    def _described(self, loan: _CudaLoan) -> pb.CudaIpcHandle:
+        handle = pb.CudaIpcHandle()
+        handle.CopyFrom(loan.handle)
+        handle.kept = self._kept
+        return handle
 
-    def reclaim(self) -> None:
-        if self._loan is not None and not self.released():
-            torch.UntypedStorage._release_ipc_counter_cuda(self._loan.counter_file.encode(), self._loan.counter_slot)
-            self._loan = None
+    def _is_mapped(self) -> bool:
+        return self._lease is not None and self._lease.is_kept()
+
+    def _take_back(self) -> None:
+        assert self._loan is not None
+        torch.UntypedStorage._release_ipc_counter_cuda(self._loan.counter_file.encode(), self._loan.counter_slot)
+        self._loan = None
 
 
 class HostExport(Export):
@@ -132,7 +207,7 @@ class HostExport(Export):
         storage._shared_incref()  # type: ignore[no-untyped-call]  # the importer lowers the count when it opens the file
         self._lent_as = name.decode()
         return pb.MemoryHandle(
-            loan=_new_loan(),
+            loan=_new_loan_number(),
             shared_memory=pb.SharedMemoryHandle(manager_path=manager.decode(), name=name.decode(), size_bytes=size),
         )
 
@@ -146,8 +221,14 @@ class HostExport(Export):
             self.flat.untyped_storage()._shared_decref()
             self._lent_as = ""
 
+    def answered(self) -> None:
+        """Nobody keeps host memory mapped: its own count says all."""
 
-def _new_loan() -> int:
+    def let_go(self) -> None:
+        """The same."""
+
+
+def _new_loan_number() -> int:
     """The region is the same at every hand-over, its bytes are not: the sidecar must not take one for the other."""
     return secrets.randbits(63) + 1
 

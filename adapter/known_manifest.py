@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 from adapter import wire
 from adapter.errors import UpdateRefused
 from adapter.planner import Plan
+from adapter.recent import Recent
 from adapter.sidecar_stub import Method, SidecarStub
 from sidecar.v1 import weight_sync_pb2 as pb
 
@@ -26,20 +27,20 @@ Request = TypeVar("Request", bound=NamesManifest)
 Response = TypeVar("Response")
 
 
-class KnownManifest:
-    """The last plan that one client's update was committed with."""
+class KnownManifests:
+    """The last plans that one client's updates were committed with; the same object is found at once."""
 
     def __init__(self) -> None:
-        self._known: tuple[Plan, str] | None = None
+        self._digests = Recent[Plan, str]()
 
     def remember(self, plan: Plan, digest: str) -> None:
         """The sidecar has told this plan's digest."""
-        self._known = (plan, digest)
+        self._digests.put(plan, digest)
 
     def reference(self, plan: Plan) -> pb.ManifestReference:
         """The digest, or the manifest in full; raises ``ValueError`` for a dtype that cannot be sent."""
-        if self._known and self._known[0] == plan:
-            return pb.ManifestReference(digest=self._known[1])
+        if digest := self._digests.find(plan):
+            return pb.ManifestReference(digest=digest)
         return pb.ManifestReference(manifest=wire.manifest(plan))
 
     def call(

@@ -87,6 +87,7 @@ class ExportLedger:
         """Wait until ``export``, which was loaded, is released, or a moment at most, and drop it."""
         for held in self._held:
             held.loaded |= held.export is export
+        export.answered()
         give_up = time.monotonic() + patience_s
         while not export.released() and time.monotonic() < give_up:
             time.sleep(POLL_S)

@@ -19,7 +19,7 @@ from adapter.bucketed import ABORT_TIMEOUT_S, Buckets, in_words, take_part
 from adapter.errors import IncompatibleSidecar, UpdateRefused, WeightSyncError
 from adapter.exports import Export
 from adapter.ledger import RELEASE_PATIENCE_S, ExportLedger
-from adapter.outgoing import outgoing
+from adapter.outgoing import Planner
 from adapter.sidecar_stub import SidecarStub
 from adapter.sources.lazy import NamedTensors
 from adapter.staging import StagingBuffers
@@ -55,7 +55,7 @@ class LoraSender:
 
         Raises ``WeightSyncError`` or ``ValueError``.
         """
-        cargo = outgoing(named_tensors, None, ONE_BUCKET, ())
+        cargo = Planner(ONE_BUCKET, ()).outgoing(named_tensors, None)
         buckets = cargo.staged(StagingBuffers(1), device)  # of its own: on the CPU the memory becomes the engine's
         export = self._filled(request, buckets)
         try:

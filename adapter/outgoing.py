@@ -1,7 +1,8 @@
 """What a caller wants sent -> buckets that can be asked for: checked, planned, and with its memory stated.
 
 Runs in every trainer rank. Invariant: it depends on names, dtypes and shapes alone how an update is cut, so that all
-ranks cut it alike; and nothing is copied or gathered here.
+ranks cut it alike; and nothing is copied or gathered here. Whole tensors that come again, in the same form, are planned
+once; they are looked at each time.
 """
 
 import re
@@ -11,12 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from adapter.bucketed import Buckets
-from adapter.checks import check_finite, check_tensors
+from adapter.checks import are_sound, bytes_needed, check_finite, check_tensors, refuse_forked_cuda
 from adapter.exportable import segment_bytes
+from adapter.looks import Form, form_of, plain_tensors
 from adapter.planner import Plan, TensorSpec, plan
+from adapter.recent import Recent
 from adapter.sources.lazy import LazyTensor, NamedTensors, Sendable
 from adapter.sources.module import lazy_tensors
-from adapter.staging import StagedBuckets, StagingBuffers, buffer_bytes, forgo_all
+from adapter.staging import CopiedBuckets, StagedBuckets, StagingBuffers, buffer_bytes, forgo_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,33 +57,104 @@ class Outgoing:
         check_tensors(self.tensors, device)
         return StagedBuckets(self.plan, self.iterator, buffers, device, one_by_one=not self.tensors)
 
+    def check_values(self) -> None:
+        """Refuse NaN and infinity; raises ``ValueError`` where the tensors cannot be looked at first."""
+        if not self.tensors:
+            raise ValueError("check_finite looks at the tensors before any is sent: give a list instead of specs")
+        check_finite(self.tensors)
+
     def forgo(self, device: torch.device) -> None:
         """Take part in all gathers, without sending anything."""
         forgo_all(self.iterator, device)
 
 
-def outgoing(
-    named_tensors: NamedTensors,
-    specs: Sequence[TensorSpec] | None,
-    bucket_bytes: int,
-    rules: Sequence[re.Pattern[str]],
-) -> Outgoing:
-    """Plan an update; with ``specs``, of an iterator that is read only when it is sent. Raises ``ValueError``."""
-    if specs is not None:
-        planned = plan(specs, bucket_bytes, rules)
-        _check_order(planned, specs)
-        return Outgoing(planned, {}, iter(named_tensors))
-    pairs = list(named_tensors)
-    tensors = lazy_tensors(pairs)
-    planned = plan(_specs(pairs, tensors), bucket_bytes, rules)
-    return Outgoing(planned, tensors, iter([(name, tensors[name]) for name in planned.names()]))
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What follows from the form of a list of whole tensors, and holds for every list of that form."""
+
+    plan: Plan
+    order: tuple[int, ...]
+    """The plan's tensors as indices of the list."""
+    needed: tuple[int, ...]
+    """By index of the list: how long the tensor's storage must be."""
 
 
-def check_values(tensors: dict[str, LazyTensor]) -> None:
-    """Refuse NaN and infinity; raises ``ValueError`` where the tensors cannot be looked at first."""
-    if not tensors:
-        raise ValueError("check_finite looks at the tensors before any is sent: give a list instead of specs")
-    check_finite(tensors)
+@dataclass(frozen=True, slots=True)
+class WholeTensors:
+    """One update of tensors that are there, and need only be copied."""
+
+    planned: Planned
+    names: tuple[str, ...]
+    tensors: Sequence[torch.Tensor]
+
+    @property
+    def plan(self) -> Plan:
+        """How they are cut into buckets."""
+        return self.planned.plan
+
+    def memory(self, buffers: StagingBuffers, device: torch.device) -> MemoryNeed:
+        """What staging it takes."""
+        sizes = (segment_bytes(size, device) for size in buffer_bytes(self.plan, buffers.num_buffers))
+        return MemoryNeed(tuple(sizes), 0)
+
+    def staged(self, buffers: StagingBuffers, device: torch.device) -> Buckets:
+        """To be copied through ``buffers`` on ``device``; raises ``ValueError`` for tensors that cannot be."""
+        if device.type == "cuda":
+            refuse_forked_cuda()
+        if not are_sound(self.tensors, self.planned.needed, device):
+            check_tensors(self._by_name(), device)  # which says what is wrong
+        return CopiedBuckets(self.plan, [self.tensors[at] for at in self.planned.order], buffers, device)
+
+    def check_values(self) -> None:
+        """Refuse NaN and infinity."""
+        check_finite(self._by_name())
+
+    def forgo(self, device: torch.device) -> None:
+        """Nothing is gathered."""
+
+    def _by_name(self) -> dict[str, LazyTensor]:
+        return lazy_tensors(zip(self.names, self.tensors, strict=True))
+
+
+class Planner:
+    """Plans one client's updates, and remembers the last plans of whole tensors; of the tensors it holds none."""
+
+    def __init__(self, bucket_bytes: int, rules: Sequence[re.Pattern[str]]) -> None:
+        self._bucket_bytes = bucket_bytes
+        self._rules = rules
+        self._known = Recent[Form, Planned]()
+
+    def outgoing(self, named_tensors: NamedTensors, specs: Sequence[TensorSpec] | None) -> Outgoing | WholeTensors:
+        """Plan an update; with ``specs``, of an iterator that is read only when it is sent. Raises ``ValueError``."""
+        if specs is not None:
+            planned = plan(specs, self._bucket_bytes, self._rules)
+            _check_order(planned, specs)
+            return Outgoing(planned, {}, iter(named_tensors))
+        pairs = list(named_tensors)
+        return self._whole(pairs) or self._lazy(pairs)
+
+    def _whole(self, pairs: Sequence[tuple[str, Sendable]]) -> WholeTensors | None:
+        names, values = tuple(name for name, _ in pairs), [value for _, value in pairs]
+        tensors = plain_tensors(values)
+        form = form_of(names, tensors) if tensors else None
+        if not tensors or not form:
+            return None
+        planned = self._known.find(form)
+        if planned is None:
+            planned = self._planned(names, tensors)
+            self._known.put(form, planned)
+        return WholeTensors(planned, names, tensors)
+
+    def _planned(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Planned:
+        specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in zip(names, tensors, strict=True)]
+        cut = plan(specs, self._bucket_bytes, self._rules)
+        index = {name: at for at, name in enumerate(names)}
+        return Planned(cut, tuple(index[name] for name in cut.names()), tuple(map(bytes_needed, tensors)))
+
+    def _lazy(self, pairs: Sequence[tuple[str, Sendable]]) -> Outgoing:
+        tensors = lazy_tensors(pairs)
+        planned = plan(_specs(pairs, tensors), self._bucket_bytes, self._rules)
+        return Outgoing(planned, tensors, iter([(name, tensors[name]) for name in planned.names()]))
 
 
 def _specs(pairs: Iterable[tuple[str, Sendable]], tensors: dict[str, LazyTensor]) -> list[TensorSpec]:

@@ -5,47 +5,140 @@ Invariant: nothing is written here, and what was exported is the memory that the
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from adapter.checks import check_tensors, is_freed
+from adapter.checks import check_finite, check_tensors, is_freed
 from adapter.errors import MemoryNotExportable
 from adapter.exportable import is_expandable, is_shared_file
 from adapter.exports import Export, export_of
 from adapter.fusion import DEFAULT_RULES, group_names
+from adapter.looks import Places, places_of, plain_tensors
 from adapter.planner import Bucket, Placement, Plan, TensorSpec, check_names
+from adapter.recent import Recent
 from adapter.sources.lazy import LazyTensor, NamedTensors, PlainTensor
 from adapter.sources.module import lazy_tensors
 
 _DEPTH = 2
 
 
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One storage that is sent from in place: a bucket."""
+
+    first: int
+    """Index, in the list of tensors, of the first one that lies in it."""
+    address: int
+    num_bytes: int
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """What its export is known by."""
+        return self.address, self.num_bytes
+
+    def is_of(self, storage: torch.UntypedStorage) -> bool:
+        """Whether this is still that storage, as long as it was and where it was."""
+        return (storage.data_ptr(), storage.nbytes()) == self.identity
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a list of tensors lies, once checked: bucket i of the plan is region i. Holds none of their memory."""
+
+    plan: Plan
+    regions: tuple[Region, ...]
+
+
+class Residents:
+    """One client's updates in place.
+
+    Regions that come again are exported once, and tensors that come again at the same addresses are checked once. Of
+    the trainer's memory it keeps what was sent last, by its exports; until the next update in place, or ``clear``.
+    """
+
+    def __init__(self, allow_expandable: bool, rules: Sequence[re.Pattern[str]] = DEFAULT_RULES) -> None:
+        self._allow_expandable = allow_expandable
+        self._rules = rules
+        self._exports: dict[tuple[int, int], Export] = {}
+        self._known = Recent[Places, Layout]()
+
+    def buckets(self, named_tensors: NamedTensors) -> "ResidentBuckets":
+        """The tensors' own memory as an update; raises ``ValueError`` or ``MemoryNotExportable``."""
+        pairs = list(named_tensors)
+        names = tuple(name for name, _ in pairs)
+        tensors = plain_tensors([value for _, value in pairs])
+        places = places_of(names, tensors) if tensors else None
+        layout = self._known.find(places) if places else None
+        if not tensors or layout is None or not self._is_there(layout, tensors):
+            lazy = listed(pairs)
+            tensors = [_in_place(name, tensor) for name, tensor in lazy.items()]
+            layout = lay_out(names, tensors, self._allow_expandable, self._rules)
+            if places:
+                self._known.put(places, layout)
+        self._forget_others(layout)
+        return ResidentBuckets(layout, names, tensors, self._exports)
+
+    def keeps(self, export: Export) -> bool:
+        """Whether this region is the trainer's own memory."""
+        return any(export is known for known in self._exports.values())
+
+    def let_go(self) -> None:
+        """Have an engine close what it keeps mapped."""
+        for export in self._exports.values():
+            export.let_go()
+
+    def clear(self) -> None:
+        """Hold nothing any more."""
+        self.let_go()
+        self._exports.clear()
+        self._known.clear()
+
+    def _is_there(self, layout: Layout, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the regions are what they were. Their exports have kept them, so nothing else can lie there."""
+        exports = [self._exports.get(region.identity) for region in layout.regions]
+        return all(
+            export is not None
+            and region.is_of(export.flat.untyped_storage())
+            and region.is_of(tensors[region.first].untyped_storage())
+            for region, export in zip(layout.regions, exports, strict=True)
+        )
+
+    def _forget_others(self, layout: Layout) -> None:
+        """An export keeps its memory: those of regions that are not sent any more must not."""
+        here = {region.identity for region in layout.regions}
+        for identity, export in list(self._exports.items()):
+            if identity not in here and export.released():
+                export.let_go()
+                del self._exports[identity]
+
+
 class ResidentBuckets:
-    """One update's regions, where they are. Exports of regions that come again are made once."""
+    """One update's regions, where they are."""
 
     def __init__(
         self,
-        tensors: Mapping[str, LazyTensor],
+        layout: Layout,
+        names: Sequence[str],
+        tensors: Sequence[torch.Tensor],
         exports: dict[tuple[int, int], Export],
-        allow_expandable: bool,
-        rules: Sequence[re.Pattern[str]] = DEFAULT_RULES,
     ) -> None:
+        self.plan = layout.plan
         self.depth = _DEPTH
-        self._regions = _regions(tensors)
+        self._regions = layout.regions
+        self._names = names
+        self._tensors = tensors
+        self._storages = [tensors[region.first].untyped_storage() for region in layout.regions]
+        """Kept until the engine has read them, whatever becomes of the tensors."""
         self._exports = exports
-        self._allow_expandable = allow_expandable
-        self.plan = Plan(tuple(_bucket(region) for region in self._regions))
-        _check_groups(self._regions, rules)
-        self._check_memory()
-        self._forget_others()
 
     def fill(self, bucket: int) -> Export:
         """The region; nothing has to be done for it."""
-        flat = _flat(next(iter(self._regions[bucket].values())))
-        export = self._exports.get(_identity(flat))
-        if export is None or export.flat.data_ptr() != flat.data_ptr() or not export.released():
-            export = self._exports[_identity(flat)] = export_of(flat)
+        region = self._regions[bucket]
+        export = self._exports.get(region.identity)
+        if export is None or export.flat.data_ptr() != region.address or not export.released():
+            export = self._exports[region.identity] = export_of(_flat(self._storages[bucket]))
         return export
 
     def expect_end(self) -> None:
@@ -53,25 +146,38 @@ class ResidentBuckets:
 
     def check_sources(self) -> None:
         """Raise ``ValueError`` if a tensor's memory has gone while it was read."""
-        for region in self._regions:
-            for name, tensor in region.items():
-                if is_freed(tensor):
-                    raise ValueError(f"tensor {name} was freed during the update: what the engine has read is unknown")
+        for region, storage in zip(self._regions, self._storages, strict=True):
+            if not region.is_of(storage):
+                named = zip(self._names, self._tensors, strict=True)
+                freed = (name for name, tensor in named if is_freed(tensor))
+                name = next(freed, self._names[region.first])
+                raise ValueError(f"tensor {name} was freed during the update: what the engine has read is unknown")
+
+    def check_values(self) -> None:
+        """Refuse NaN and infinity."""
+        check_finite(lazy_tensors(zip(self._names, self._tensors, strict=True)))
 
     def forgo(self) -> None:
         """Nothing is gathered."""
 
-    def _forget_others(self) -> None:
-        """An export keeps its memory: those of regions that are not sent any more must not."""
-        here = {_identity(_flat(next(iter(region.values())))) for region in self._regions}
-        for identity, export in list(self._exports.items()):
-            if identity not in here and export.released():
-                del self._exports[identity]
 
-    def _check_memory(self) -> None:
-        for region in self._regions:
-            name, tensor = next(iter(region.items()))
-            _check_exportable(name, tensor, self._allow_expandable)
+def lay_out(
+    names: Sequence[str],
+    tensors: Sequence[torch.Tensor],
+    allow_expandable: bool,
+    rules: Sequence[re.Pattern[str]] = DEFAULT_RULES,
+) -> Layout:
+    """Find the storages and check that they can be sent; raises ``ValueError`` or ``MemoryNotExportable``."""
+    members: dict[int, list[int]] = {}
+    for at, tensor in enumerate(tensors):
+        members.setdefault(tensor.untyped_storage().data_ptr(), []).append(at)
+    buckets = tuple(_bucket([(names[at], tensors[at]) for at in region]) for region in members.values())
+    _check_groups(buckets, rules)
+    for first, *_ in members.values():
+        _check_exportable(names[first], tensors[first], allow_expandable)
+    sizes = [bucket.num_bytes for bucket in buckets]
+    regions = (Region(region[0], address, size) for (address, region), size in zip(members.items(), sizes, strict=True))
+    return Layout(Plan(buckets), tuple(regions))
 
 
 def listed(named_tensors: NamedTensors) -> dict[str, LazyTensor]:
@@ -82,20 +188,6 @@ def listed(named_tensors: NamedTensors) -> dict[str, LazyTensor]:
     first = next(iter(tensors.items()))
     check_tensors(tensors, _in_place(*first).device)
     return tensors
-
-
-def keeps(exports: Mapping[tuple[int, int], Export], export: Export) -> bool:
-    """Whether this region is the trainer's own memory."""
-    return any(export is known for known in exports.values())
-
-
-def _regions(tensors: Mapping[str, LazyTensor]) -> list[dict[str, torch.Tensor]]:
-    """The tensors by the storage that they lie in, in the order of their first ones."""
-    regions: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        plain = _in_place(name, tensor)
-        regions.setdefault(plain.untyped_storage().data_ptr(), {})[name] = plain
-    return list(regions.values())
 
 
 def _in_place(name: str, tensor: LazyTensor) -> torch.Tensor:
@@ -109,9 +201,9 @@ def _in_place(name: str, tensor: LazyTensor) -> torch.Tensor:
     return plain
 
 
-def _check_groups(regions: Sequence[Mapping[str, torch.Tensor]], rules: Sequence[re.Pattern[str]]) -> None:
+def _check_groups(buckets: Sequence[Bucket], rules: Sequence[re.Pattern[str]]) -> None:
     """Each region is a bucket of its own, so what SGLang fuses must lie in one."""
-    region_of = {name: number for number, region in enumerate(regions) for name in region}
+    region_of = {place.spec.name: number for number, bucket in enumerate(buckets) for place in bucket.placements}
     names = list(region_of)
     for group in group_names(names, rules):
         parted = [names[at] for at in group if region_of[names[at]] != region_of[names[group[0]]]]
@@ -122,10 +214,8 @@ def _check_groups(regions: Sequence[Mapping[str, torch.Tensor]], rules: Sequence
             )
 
 
-def _bucket(region: Mapping[str, torch.Tensor]) -> Bucket:
-    return Bucket(
-        tuple(_placement(name, tensor) for name, tensor in region.items()), _flat(next(iter(region.values()))).numel()
-    )
+def _bucket(region: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
+    return Bucket(tuple(_placement(name, tensor) for name, tensor in region), region[0][1].untyped_storage().nbytes())
 
 
 def _placement(name: str, tensor: torch.Tensor) -> Placement:
@@ -133,13 +223,9 @@ def _placement(name: str, tensor: torch.Tensor) -> Placement:
     return Placement(TensorSpec(name, tensor.dtype, tuple(tensor.shape)), byte_offset)
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """All of the storage that a tensor lies in."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-
-
-def _identity(flat: torch.Tensor) -> tuple[int, int]:
-    return flat.data_ptr(), flat.numel()
+def _flat(storage: torch.UntypedStorage) -> torch.Tensor:
+    """All of it as one tensor."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _check_exportable(name: str, tensor: torch.Tensor, allow_expandable: bool) -> None:
@@ -148,7 +234,7 @@ def _check_exportable(name: str, tensor: torch.Tensor, allow_expandable: bool) -
         if not is_shared_file(storage):
             raise MemoryNotExportable(f"tensor {name} does not lie in a file of /dev/shm; use adapter.allocate_flat")
         return
-    if is_expandable(_flat(tensor)) and not allow_expandable:
+    if is_expandable(_flat(storage)) and not allow_expandable:
         raise MemoryNotExportable(
             f"tensor {name} lies in an expandable segment, which an engine in another container, or under another "
             "user, has no right to open; allocate it with expandable_segments:False or adapter.allocate_flat, or say "

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from adapter.bucketed import ABORT_TIMEOUT_S, BucketedSend, Buckets, in_words, take_part
 from adapter.errors import WeightSyncError
 from adapter.exports import Export
-from adapter.known_manifest import KnownManifest
+from adapter.known_manifest import KnownManifests
 from adapter.ledger import ExportLedger
 from adapter.planner import Plan
 from adapter.sidecar_stub import SidecarStub
@@ -23,7 +23,7 @@ class UpdateSender:
     def __init__(self, stub: SidecarStub, ledger: ExportLedger) -> None:
         self._stub = stub
         self._ledger = ledger
-        self._known = KnownManifest()
+        self._known = KnownManifests()
 
     def send(self, header: pb.UpdateHeader, buckets: Buckets, timeout_s: float) -> pb.UpdateOutcome:
         """Send everything; the committed outcome. Raises ``WeightSyncError`` or ``ValueError``."""

@@ -35,16 +35,30 @@ class SidecarStub:
     def __init__(self, target: str) -> None:
         self.target = target
         self._channel: grpc.Channel | None = None
+        self._rpc: pb_grpc.WeightSyncServiceStub | None = None
         self._pid = 0
+        self._connectivity: grpc.ChannelConnectivity | None = None
         self._capabilities: pb.GetCapabilitiesResponse | None = None
 
     @property
     def rpc(self) -> pb_grpc.WeightSyncServiceStub:
         """The generated stub. gRPC does not survive a fork, so a child gets a channel of its own."""
-        if self._channel is None or self._pid != os.getpid():
+        if self._rpc is None or self._pid != os.getpid():
             self._channel = grpc.insecure_channel(self.target, options=NO_PROXY)
+            self._connectivity = None
+            self._channel.subscribe(self._connectivity_changed)
+            self._rpc = pb_grpc.WeightSyncServiceStub(self._channel)
             self._pid = os.getpid()
-        return pb_grpc.WeightSyncServiceStub(self._channel)
+        return self._rpc
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the sidecar was there a moment ago; without asking it."""
+        return self._connectivity is grpc.ChannelConnectivity.READY and self._pid == os.getpid()
+
+    def _connectivity_changed(self, state: grpc.ChannelConnectivity) -> None:
+        """Called by a thread of gRPC's."""
+        self._connectivity = state
 
     def call(self, method: Method[Request, Response], request: Request, timeout_s: float) -> Response:
         """One call with a deadline; raises ``WeightSyncError``."""
@@ -96,4 +110,4 @@ class SidecarStub:
         """Close the channel; calls in flight end."""
         if self._channel is not None and self._pid == os.getpid():
             self._channel.close()
-        self._channel = None
+        self._channel = self._rpc = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from adapter.planner import Bucket, Placement, Plan
 from sidecar.v1 import weight_sync_pb2 as pb
@@ -27,6 +28,12 @@ class UpdateResult:
     last verified update with this content digest), or "unavailable" (this engine computes no checksums)."""
     notes: tuple[str, ...] = ()
     """What a person should know of it, in sentences."""
+    load_path: str = ""
+    """Who has written the weights: "replayed" (the replay loader), "stock" (the model's own load), "proven" (both, with
+    the same result), "recorded" (the model's own, observed), or "fell_back" (the model's own, as it cannot be
+    replayed). The slowest of all buckets and ranks."""
+    load_reason: str = ""
+    """Why it was not a replay, where the engine has the replay loader."""
 
 
 def manifest(plan: Plan) -> pb.Manifest:
@@ -49,6 +56,7 @@ def _tensor(place: Placement) -> pb.TensorSpec:
     )
 
 
+@cache
 def data_type(dtype: str) -> pb.DataType.ValueType:
     """Torch's name of a dtype ("torch.bfloat16") -> the protocol's; raises ``ValueError`` if it has none."""
     name = "DATA_TYPE_" + dtype.removeprefix("torch.").upper()
@@ -85,11 +93,17 @@ def result(outcome: pb.UpdateOutcome) -> UpdateResult:
         cache_flushed=outcome.cache_flushed,
         verification=_verification(outcome.verification),
         notes=tuple(outcome.notes),
+        load_path=_lower(pb.LoadPath.Name(outcome.load_path), "LOAD_PATH_") if outcome.load_path else "",
+        load_reason=outcome.load_reason,
         phases={
             pb.Phase.Name(phase.phase).removeprefix(_PHASE_PREFIX).lower(): phase.duration.ToMicroseconds() / 1e6
             for phase in outcome.phases
         },
     )
+
+
+def _lower(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).lower()
 
 
 def _verification(value: pb.Verification.ValueType) -> str:

@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from sidecar import fate, refusals
+from sidecar.engine.info import EngineInfo
 from sidecar.errors import (
     EngineDown,
     EngineError,
@@ -30,8 +31,10 @@ from sidecar.errors import (
     EngineUnreachable,
     SyncError,
 )
-from sidecar.payload import BucketPayload
-from sidecar.update import PauseMode, Phase, Selector, Update, UpdateState, Verification
+from sidecar.memory import is_kept
+from sidecar.payload import LOAD_FORMAT, REPLAY_FORMAT, BucketPayload
+from sidecar.replay import Replay
+from sidecar.update import LoadPath, PauseMode, Phase, Selector, Update, UpdateState, Verification
 from sidecar.verification import Verifier
 
 logger = logging.getLogger(__name__)
@@ -62,7 +65,13 @@ class Engine(fate.Engine, Protocol):
     async def begin(self, selector: Selector, limit_s: float) -> None:
         """Open a session, where the engine has them."""
 
-    async def load(self, entries: Sequence[bytes], selector: Selector, weight_version: str | None) -> None:
+    @property
+    def info(self) -> EngineInfo | None:
+        """What it said of itself, while it can be reached."""
+
+    async def load(
+        self, entries: Sequence[bytes], load_format: str, selector: Selector, weight_version: str | None
+    ) -> None:
         """Load one bucket from one entry per TP rank."""
 
     async def load_from_disk(self, model_path: str) -> None:
@@ -100,11 +109,13 @@ class Applier:
         wait_for_bucket: WaitForBucket,
         about_to_write: Callable[[Update], None],
         changed: Callable[[], None],
+        replay: Replay,
     ) -> None:
         self._engine = engine
         self._wait_for_bucket = wait_for_bucket
         self._about_to_write = about_to_write
         self._changed = changed
+        self._replay = replay
         self._verifier = Verifier()
 
     async def apply(self, update: Update, payloads: Sequence[BucketPayload], *, dirty: bool) -> None:
@@ -134,6 +145,8 @@ class Applier:
     async def _load_all(self, update: Update, payloads: Sequence[BucketPayload]) -> None:
         async with self._phase(update, Phase.BEGIN):
             await self._begin(update)
+            if self._replays(update):
+                await self._replay.greet(update, lambda entries: self._post(update, entries, REPLAY_FORMAT))
         async with self._phase(update, Phase.LOAD):
             for bucket, payload in enumerate(payloads):
                 await self._load(update, bucket, payload)
@@ -151,27 +164,50 @@ class Applier:
 
     async def _load(self, update: Update, bucket: int, payload: BucketPayload) -> None:
         await self._wait_for_bucket(update, bucket)
-        entries = [payload.entry(memory) for memory in update.memories(bucket)]
         if bucket == 0:
             self._about_to_write(update)
         update.num_posted = bucket + 1
         try:
-            await self._post(update, entries)
+            await self._load_by(update, bucket, payload)
         except EngineUnreachable:
             update.num_posted = bucket  # it never left: the memory was not seen
             raise
         except EngineLost as lost:
             update.touched = True
-            if not await fate.was_loaded(self._engine, update, bucket, self._version_carried(update), lost):
+            if not await self._was_loaded(update, bucket, payload, lost):
                 raise
             update.notes.append(f"the answer to the load of bucket {bucket} was lost; every rank had loaded it")
         update.touched = True
         update.num_loaded = bucket + 1
         self._changed()
 
-    async def _post(self, update: Update, entries: Sequence[bytes]) -> None:
+    async def _load_by(self, update: Update, bucket: int, payload: BucketPayload) -> None:
+        """Through the replay loader, or as SGLang always does it."""
+        if self._replays(update):
+            await self._replay.load(update, bucket, payload, lambda entries: self._post(update, entries, REPLAY_FORMAT))
+            return
+        memories = update.memories(bucket)
+        if any(map(is_kept, memories)):
+            raise refusals.kept_memory_unusable(update.header)
+        await self._post(update, [payload.entry(memory) for memory in memories], LOAD_FORMAT)
+        update.loaded_by(LoadPath.STOCK)
+
+    def _replays(self, update: Update) -> bool:
+        return self._replay.suits(update.header, self._engine.info, self._engine.epoch)
+
+    async def _was_loaded(self, update: Update, bucket: int, payload: BucketPayload, lost: EngineLost) -> bool:
+        replays = self._replays(update)
+        if not await fate.is_settled(self._engine, bucket, lost):
+            return False
+        if replays:
+            return self._replay.was_loaded(update, bucket, payload)
+        loaded = await fate.was_loaded(self._engine, update, bucket, self._version_carried(update))
+        update.loaded_by(LoadPath.STOCK)
+        return loaded
+
+    async def _post(self, update: Update, entries: Sequence[bytes], load_format: str) -> None:
         try:
-            await self._engine.load(entries, _selector(update), self._version_carried(update))
+            await self._engine.load(entries, load_format, _selector(update), self._version_carried(update))
         except EngineRefused:
             # SGLang answers 400 to a bucket only before it writes any of it, but for a draft model's part, which comes
             # after the target's; and what came before this bucket was written.

@@ -80,6 +80,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="GPU-a,GPU-b,...",
         help="the engine's GPUs, one per TP rank (default: found out where this host shows them)",
     )
+    parser.add_argument(
+        "--no-replay",
+        dest="replay",
+        action="store_false",
+        help="have the model load every update itself, also where the engine has the replay loader",
+    )
     parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for the update in hand at SIGTERM")
     parser.add_argument(
         "--accept-checkpoint-weights",
@@ -138,6 +144,7 @@ def _serve_config(options: argparse.Namespace) -> ServeConfig:
         gpu_uuids=parse_uuids(options.gpu_uuids),
         timeouts=Timeouts(**phases),
         accept_checkpoint=options.accept_checkpoint_weights,
+        replay=options.replay,
         drain_s=options.drain_timeout,
         metrics_port=options.metrics_port,
         journal_path=options.journal,

@@ -94,6 +94,8 @@ class ServeConfig:
     timeouts: Timeouts = field(default_factory=Timeouts)
     accept_checkpoint: bool = False
     """Whether an engine that was restarted is ready with its checkpoint's weights."""
+    replay: bool = True
+    """Whether the engine's replay loader is used, where it has one."""
     drain_s: float = 30.0
     """At SIGTERM, how long the update in hand may take to end."""
     metrics_port: int | None = None

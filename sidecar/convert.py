@@ -5,7 +5,6 @@ name instead of being dropped, so that a newer adapter is told what an older sid
 """
 
 from collections.abc import Iterator
-from datetime import timedelta
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -34,17 +33,19 @@ _SELECTORS = {
     pb.SELECTOR_DRAFT: Selector.DRAFT,
     pb.SELECTOR_ALL: Selector.ALL,
 }
-_DTYPE_PREFIX = "DATA_TYPE_"
+_DTYPE_NAMES = {value: name.removeprefix("DATA_TYPE_").lower() for name, value in pb.DataType.items()}
 
 
 def refuse_unknown_fields(request: Message) -> None:
-    """Raise ``InvalidRequest`` if the request holds a field that this sidecar's protocol does not have."""
-    known = type(request)()
-    known.CopyFrom(request)
-    known.DiscardUnknownFields()
-    if known.ByteSize() == request.ByteSize():
+    """Raise ``InvalidRequest`` if the request holds a field that this sidecar's protocol does not have.
+
+    Such fields are gone from ``request`` afterwards: copying it first would cost as much as reading a large manifest.
+    """
+    sent = request.SerializeToString()
+    request.DiscardUnknownFields()
+    if request.ByteSize() == len(sent):
         return
-    where, number = next(_unknown_fields(request))
+    where, number = next(_unknown_fields(type(request).FromString(sent)))
     message = f"field {number} of {where} is unknown to this sidecar ({__version__}): the adapter is newer; upgrade "
     message += "the sidecar, or ask only for the features that GetCapabilities lists"
     raise InvalidRequest(Reason.UNKNOWN_FIELD, message, field=number, of=where, sidecarVersion=__version__)
@@ -141,10 +142,7 @@ def _tensor(message: pb.TensorSpec) -> TensorSpec:
 
 def dtype_name(value: pb.DataType.ValueType) -> str:
     """Torch's name of an element type; a number that this protocol does not have stays a number."""
-    try:
-        return pb.DataType.Name(value).removeprefix(_DTYPE_PREFIX).lower()
-    except ValueError:
-        return f"number {value}"
+    return _DTYPE_NAMES.get(value) or f"number {value}"
 
 
 def memory(message: pb.MemoryHandle, rank: int, bucket: int) -> Memory:
@@ -174,6 +172,8 @@ def _cuda_ipc(message: pb.CudaIpcHandle, loan: int) -> CudaIpcMemory:
         event_handle=message.event_handle,
         event_sync_required=message.event_sync_required,
         loan=loan,
+        lease=message.lease,
+        kept=message.kept,
     )
 
 
@@ -194,9 +194,11 @@ def outcome(update: Update) -> pb.UpdateOutcome:
         num_posted_ever=max(update.num_posted, update.num_posted_before),
         verification=pb.Verification.ValueType(update.verification),
         notes=update.notes,
+        load_path=pb.LoadPath.ValueType(update.load_path),
+        load_reason=update.load_reason,
     )
     for phase, seconds in update.phase_seconds.items():
-        message.phases.add(phase=pb.Phase.ValueType(phase), duration=timedelta(seconds=seconds))
+        message.phases.add(phase=pb.Phase.ValueType(phase)).duration.FromNanoseconds(round(seconds * 1e9))
     return message
 
 
@@ -226,5 +228,6 @@ def engine_info(info: EngineInfo, epoch: int) -> pb.EngineInfo:
         uses_sessions=info.dialect.uses_sessions,
         unsupported_reason=info.unsupported,
         epoch=epoch,
+        replays=info.replays,
         gpu_uuids=[uuid and f"GPU-{uuid}" for uuid in info.gpu_uuids],
     )

@@ -11,7 +11,8 @@ The only writer of updates. Lives on one event loop, so nothing here is locked. 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from sidecar import admission, applier, recovery, refusals, standing
@@ -25,10 +26,11 @@ from sidecar.journal import Journal
 from sidecar.manifest import Manifest
 from sidecar.manifest_check import Allowance, Report
 from sidecar.manifest_store import KnownManifest
-from sidecar.memory import Memory
+from sidecar.memory import Memory, is_kept
 from sidecar.payload import BucketPayload
 from sidecar.recovery import Recovery
 from sidecar.references import References
+from sidecar.replay import Replay
 from sidecar.served import ServedWeights
 from sidecar.standing import Standing
 from sidecar.update import Header, Phase, Update, UpdateState
@@ -58,19 +60,26 @@ class Coordinator:
         on_change: Callable[[], None] = lambda: None,
         on_ended: Callable[[Update], None] = lambda _: None,
         journal: Journal | None = None,
+        replay: Replay | None = None,
         accept_checkpoint: bool = False,
     ) -> None:
         self._engine = engine
         self._timeouts = timeouts
         self._on_change = on_change
         self._on_ended = on_ended
-        self._applier = Applier(engine, self._wait_for_bucket, self._about_to_write, self.changed)
+        self._replay = replay or Replay("", enabled=False)
+        self._applier = Applier(engine, self._wait_for_bucket, self._about_to_write, self.changed, self._replay)
         self._updates = UpdateHistory()
         self.references = References()
         self._current: Update | None = None
         self._payloads: tuple[BucketPayload, ...] = ()
         self._callers = Callers()
+        self._last_report: tuple[object, Report] | None = None
+        self._loaded_report: tuple[object, Report] | None = None
+        """Of the last manifest that was committed."""
         self._change = asyncio.Event()
+        self._over = asyncio.Event()
+        """Set once the update in hand has ended: most callers wait for nothing else."""
         self._applying: asyncio.Task[None] | None = None
         self._collect_timer: asyncio.TimerHandle | None = None
         self._draining = False
@@ -183,7 +192,7 @@ class Coordinator:
     async def hold(self, update_id: str, rank: int, budget_s: float) -> Update:
         """One rank shows that it lives; returns the update once it has ended, however it did."""
         update = self._joined(update_id, rank)
-        await self._wait(update, rank, WHOLE_UPDATE, lambda: update.state.ended, budget_s, refusals.still_going_on)
+        await self._wait(update, rank, WHOLE_UPDATE, self._until_over(update), budget_s, refusals.still_going_on)
         return update
 
     async def abort(self, update_id: str, rank: int, why: str) -> Update:
@@ -197,7 +206,7 @@ class Coordinator:
         elif update.state is UpdateState.APPLYING:
             update.abort_request = error
             self.changed()
-            await self._until(lambda: update.state.ended)
+            await self._until_over(update)
         return update
 
     async def drain(self, seconds: float) -> bool:
@@ -233,10 +242,11 @@ class Coordinator:
         info = await self.engine_info()
         header.check(info.tp_size)
         epoch = self._engine.epoch
-        report = await self.references.report(known, info.model_path, header.allow, header.selector)
+        report = await self._report(header, known, info)
         self._check_still(epoch, header.update_id)
         if not self._delivered_before(header, handles):  # memory that was read cannot be checked again
             admission.check_handles(handles, known.manifest, header.rank, info.placement)
+            self._check_kept(header, handles)
         update = self._find_or_start(header, known, report, info)
         self._agree(update, header, known)
         if not update.state.ended:
@@ -257,6 +267,15 @@ class Coordinator:
         if info.unsupported:
             raise refusals.unsupported_engine(self._engine.url, info.unsupported)
         return info
+
+    async def _report(self, header: Header, known: KnownManifest, info: EngineInfo) -> Report:
+        """What is wrong with a manifest, as far as it can be told; what this engine has loaded before stays right."""
+        key = (known.digest, header.allow, header.selector, info.model_path, self._engine.epoch)
+        if self._loaded_report is not None and self._loaded_report[0] == key:
+            return self._loaded_report[1]
+        report = await self.references.report(known, info.model_path, header.allow, header.selector)
+        self._last_report = (key, report)
+        return report
 
     def _check_still(self, epoch: int, update_id: str) -> None:
         """What was true before a file was read must be so afterwards."""
@@ -306,10 +325,15 @@ class Coordinator:
         model_path: str | None = None,
     ) -> Update:
         now = time.monotonic()
-        return Update(header, manifest, digest, info.placement, self._engine.epoch, started=now, model_path=model_path)
+        update = Update(
+            header, manifest, digest, info.placement, self._engine.epoch, started=now, model_path=model_path
+        )
+        update.ep_size = info.ep_size
+        return update
 
     def _start(self, update: Update, payloads: tuple[BucketPayload, ...]) -> None:
         self._current, self._payloads = update, payloads
+        self._over = asyncio.Event()
         self._updates.add(update)
         timer = asyncio.get_running_loop().call_later
         self._collect_timer = timer(self._timeouts.collect, self._collect_deadline, update, self._timeouts.collect)
@@ -342,8 +366,13 @@ class Coordinator:
             raise refusals.not_begun(update_id, rank)
         return update
 
-    @staticmethod
-    def _admit(update: Update, rank: int, handles: Mapping[int, Memory]) -> None:
+    def _check_kept(self, header: Header, handles: Mapping[int, Memory]) -> None:
+        """Memory that the engine has mapped from before can be named to its replay loader alone."""
+        if any(map(is_kept, handles.values())) and not self._replay.suits(header, self.engine, self.epoch):
+            raise refusals.kept_memory_unusable(header)
+
+    def _admit(self, update: Update, rank: int, handles: Mapping[int, Memory]) -> None:
+        self._check_kept(replace(update.header, rank=rank), handles)
         admission.check_handles(handles, update.manifest, rank, update.placement)
         admission.check_own_memory(handles, rank, update.deliveries)
 
@@ -379,6 +408,9 @@ class Coordinator:
 
     def _ended(self, update: Update) -> None:
         update.ended_at = time.monotonic()
+        self._over.set()
+        if update.state is UpdateState.COMMITTED:
+            self._loaded_report = self._last_report
         self._current = self._applying = None
         self._payloads = ()
         self._served.ended(update)
@@ -424,14 +456,20 @@ class Coordinator:
         while not happened():
             await self._change.wait()
 
+    async def _until_over(self, update: Update) -> None:
+        """Only the update in hand has not ended yet."""
+        if not update.state.ended:
+            await self._over.wait()
+
     async def _until_ended(self, update: Update, rank: int, budget_s: float) -> Update:
-        await self._wait(update, rank, WHOLE_UPDATE, lambda: update.state.ended, budget_s)
+        await self._wait(update, rank, WHOLE_UPDATE, self._until_over(update), budget_s)
         if update.error:
             raise update.error
         return update
 
     async def _until_loaded(self, update: Update, rank: int, bucket: int, budget_s: float) -> None:
-        await self._wait(update, rank, bucket, lambda: update.num_loaded > bucket or update.state.ended, budget_s)
+        loaded = self._until(lambda: update.num_loaded > bucket or update.state.ended)
+        await self._wait(update, rank, bucket, loaded, budget_s)
         if update.num_loaded <= bucket and update.error:
             raise update.error
 
@@ -440,7 +478,7 @@ class Coordinator:
         update: Update,
         rank: int,
         bucket: int,
-        happened: Callable[[], bool],
+        happened: Awaitable[None],
         budget_s: float,
         too_late: Callable[[Update], SyncError] | None = None,
     ) -> None:
@@ -459,7 +497,7 @@ class Coordinator:
         with self._callers.calling(update.id, rank, bucket, broke_off):
             try:
                 async with asyncio.timeout(budget_s):
-                    await self._until(happened)
+                    await happened
             except TimeoutError:
                 if too_late:
                     raise too_late(update) from None

@@ -45,13 +45,8 @@ async def session_is_open(engine: Engine, lost: EngineLost) -> bool:
         raise lost from failure
 
 
-async def was_loaded(engine: Engine, update: Update, bucket: int, weight_version: str | None, lost: EngineLost) -> bool:
-    """Whether a bucket, whose answer was ``lost``, is loaded on every rank.
-
-    Once the engine has dealt with it, it is: an exception while loading kills the server, and a refusal leaves the
-    memory unopened. So a server that lives, and has let go of every rank's memory, has loaded all of it; of memory on
-    another host that cannot be told from here. Where the bucket carried its version, that tells instead.
-    """
+async def is_settled(engine: Engine, bucket: int, lost: EngineLost) -> bool:
+    """Whether the engine has dealt with a bucket whose answer was ``lost``, one way or the other."""
     try:
         await engine.settle(lost)
     except EngineDown as down:
@@ -59,6 +54,16 @@ async def was_loaded(engine: Engine, update: Update, bucket: int, weight_version
     except EngineError as failure:
         logger.warning("the engine has not dealt with bucket %d: %s", bucket, failure.message)
         return False
+    return True
+
+
+async def was_loaded(engine: Engine, update: Update, bucket: int, weight_version: str | None) -> bool:
+    """Whether a bucket that the engine has dealt with is loaded on every rank.
+
+    An exception while loading kills the server, and a refusal leaves the memory unopened. So a server that lives, and
+    has let go of every rank's memory, has loaded all of it; of memory on another host that cannot be told from here.
+    Where the bucket carried its version, that tells instead.
+    """
     if weight_version is not None:
         return await _is_served(engine, update, weight_version)
     return _was_let_go(update, bucket)

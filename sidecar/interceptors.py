@@ -30,7 +30,10 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every unary call of this server."""
+    """Wraps every unary call of this server; each method's behaviour once, since gRPC asks anew for every call."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, Handler] = {}
 
     async def intercept_service(
         self,
@@ -38,14 +41,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         """Give the call's behaviour an edge at which errors are mapped."""
+        method = handler_call_details.method
+        if known := self._handlers.get(method):
+            return known
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
             return handler
-        return grpc.unary_unary_rpc_method_handler(
-            _mapped(handler.unary_unary, handler_call_details.method),
+        self._handlers[method] = grpc.unary_unary_rpc_method_handler(
+            _mapped(handler.unary_unary, method),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+        return self._handlers[method]
 
 
 def _mapped(behaviour: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Any], Awaitable[Any]]:

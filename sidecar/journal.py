@@ -5,7 +5,7 @@ version again. So a sidecar that finds one knows that its predecessor died, or w
 paused, perhaps with a session open, perhaps with weights of no one version. Another engine than the one written about
 has been started since and has forgotten all that.
 
-Invariant: the file is replaced as a whole; one that cannot be read says no less than that an update was in hand.
+Invariant: a file that cannot be read, since its writer died over it, says no less than that an update was in hand.
 """
 
 import json
@@ -45,9 +45,7 @@ class Journal:
         """Say that ``entry`` is about to touch the engine; raises ``OSError`` if that cannot be written."""
         if self._path is None:
             return
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(entry)))
-        partial.replace(self._path)
+        self._path.write_text(json.dumps(asdict(entry)))
 
     def clear(self) -> None:
         """Say that the engine serves one version."""

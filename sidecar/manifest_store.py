@@ -4,7 +4,9 @@ Invariant: what is in here passed ``manifest.check``.
 """
 
 import asyncio
+import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sidecar import manifest as manifests
@@ -30,6 +32,25 @@ class ManifestStore:
     def __init__(self, kept: int = KEPT_MANIFESTS) -> None:
         self._known: OrderedDict[str, KnownManifest] = OrderedDict()
         self._kept = kept
+        self._digests: OrderedDict[bytes, str] = OrderedDict()
+        """Of what passed, by the hash of the bytes that it was read from."""
+        self._reading = asyncio.Lock()
+
+    async def read(self, sent: bytes, read: Callable[[], Manifest], rank: int) -> KnownManifest:
+        """What ``rank`` sent in full, as ``add`` takes it; raises ``InvalidRequest``.
+
+        The ranks of an update send the same bytes: they are read and checked once, one rank after the other.
+        """
+        async with self._reading:
+            hashed = hashlib.sha256(sent).digest()
+            digest = self._digests.get(hashed, "")
+            if digest in self._known:
+                return self.get(digest)
+            known = await self.add(await asyncio.to_thread(read), rank)
+            self._digests[hashed] = known.digest
+            while len(self._digests) > self._kept:
+                self._digests.popitem(last=False)
+            return known
 
     async def add(self, manifest: Manifest, rank: int) -> KnownManifest:
         """Check a manifest that ``rank`` sent in full and keep it; raises ``InvalidRequest``."""

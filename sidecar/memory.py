@@ -27,6 +27,7 @@ STORAGE_ALIGNMENT = 16  # torch's allocator cuts blocks at multiples of 512
 EXPANDABLE_HEADER_BYTES = 26
 CUDA_HANDLE_BYTES = 64
 CUDA_MALLOC, CUDA_EXPANDABLE_SEGMENT = ord("c"), ord("e")
+LEASE = re.compile("sglang-weight-sync-lease-[0-9a-f]{32}")
 GPU_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -45,6 +46,10 @@ class CudaIpcMemory:
     event_sync_required: bool
     loan: int = 0
     """Which hand-over of this memory it is: another number, other bytes."""
+    lease: str = ""
+    """Name of the file whose locks say how long an engine may keep it mapped; empty: not beyond its load."""
+    kept: bool = False
+    """Whether the engine has it mapped from before, under that lease, and is not given the handle again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,11 @@ class Placement:
     def gpu_of(self, rank: int) -> str:
         """The GPU that it runs on; empty where that is not known."""
         return self.gpu_uuids[rank] if rank < len(self.gpu_uuids) else ""
+
+
+def is_kept(memory: Memory) -> bool:
+    """Whether the engine has it mapped from before."""
+    return isinstance(memory, CudaIpcMemory) and memory.kept
 
 
 def bare_uuid(uuid: str) -> str:
@@ -161,6 +171,8 @@ def _check_cuda(memory: CudaIpcMemory, where: str) -> None:
     if not GPU_UUID.fullmatch(memory.device_uuid):
         raise _invalid(where, f"device_uuid {memory.device_uuid[:64]!r} is not a GPU's UUID")
     _check_name(memory.ref_counter_handle, "reference counters", where)
+    if (memory.lease or memory.kept) and not LEASE.fullmatch(memory.lease):
+        raise _invalid(where, f"lease {memory.lease[:64]!r} is not a lease's name")
 
 
 def _is_cuda_handle(handle: bytes) -> bool:

@@ -9,6 +9,7 @@ from sidecar.errors import (
     Draining,
     EngineError,
     EngineLost,
+    EngineRefused,
     EngineRestarted,
     EngineTimeout,
     InvalidRequest,
@@ -283,6 +284,23 @@ def manifest_mismatch(header: Header, problems: list[str], sources: tuple[str, .
     message = f"rank {header.rank}: the manifest does not fit the model ({', '.join(sources) or 'no source'}): "
     message += f"{'; '.join(problems)}; allow by name what is meant so; {UNTOUCHED}"
     return InvalidRequest(Reason.MANIFEST_MISMATCH, message, rank=header.rank, updateId=header.update_id)
+
+
+def not_loaded(update: Update, bucket: int, rank: int, why: str) -> EngineRefused:
+    """What the replay loader says, or does not."""
+    message = (
+        f"update {update.id!r}: the engine's rank {rank} has not loaded bucket {bucket} by its replay loader: {why}"
+    )
+    return EngineRefused(Reason.ENGINE_REFUSED, message, updateId=update.id, rank=rank, bucket=bucket)
+
+
+def kept_memory_unusable(header: Header) -> UnsuitableEngine:
+    """Memory that the engine has mapped from before can be named to the replay loader alone."""
+    message = (
+        f"rank {header.rank}: update {header.update_id!r} names memory that the engine keeps mapped, but this update "
+        f"does not go through its replay loader any more; hand the memory over anew, by sending again; {UNTOUCHED}"
+    )
+    return UnsuitableEngine(Reason.MEMORY_IS_KEPT, message, rank=header.rank, updateId=header.update_id)
 
 
 def version_not_new(header: Header, served: str) -> InvalidRequest:

@@ -26,6 +26,7 @@ from sidecar.listening import listen
 from sidecar.lora_loader import LoraLoader
 from sidecar.manifest_store import ManifestStore
 from sidecar.metrics import Metrics
+from sidecar.replay import Replay
 from sidecar.servicer import SERVICE_NAME, WeightSyncServicer
 from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
 
@@ -41,12 +42,14 @@ class SidecarServer:
         self._config = config
         self._engine = LoraEngine(config.engine_url, config.timeouts, config.gpu_uuids)
         self._metrics = Metrics()
+        self._replay = Replay(str(config.listen), enabled=config.replay)
         self._coordinator = Coordinator(
             self._engine,
             config.timeouts,
             self._changed,
             self._metrics.ended,
             Journal(config.journal),
+            replay=self._replay,
             accept_checkpoint=config.accept_checkpoint,
         )
         self._lora = LoraLoader(self._engine, config.timeouts, self._coordinator)
@@ -95,6 +98,7 @@ class SidecarServer:
             logger.error("stopping in the middle of an update: the engine is left paused, with mixed weights")
         await self._server.stop(STOP_GRACE_S)
         self._engine.close()
+        self._replay.close()
         return clean
 
     async def _publish_readiness(self) -> None:

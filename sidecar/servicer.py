@@ -137,7 +137,8 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
     async def _manifest(self, reference: pb.ManifestReference, rank: int) -> KnownManifest:
         match reference.WhichOneof("reference"):
             case "manifest":
-                return await self._manifests.add(convert.manifest(reference.manifest), rank)
+                sent = reference.manifest.SerializeToString(deterministic=True)
+                return await self._manifests.read(sent, lambda: convert.manifest(reference.manifest), rank)
             case "digest":
                 return self._manifests.get(reference.digest)
             case _:

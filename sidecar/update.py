@@ -87,6 +87,22 @@ class Verification(IntEnum):
     UNAVAILABLE = 3
 
 
+class LoadPath(IntEnum):
+    """Who has written the weights, from the fastest to the slowest; the numbers are the protocol's."""
+
+    NOT_LOADED = 0
+    REPLAYED = 1
+    """The replay loader, from a recording."""
+    STOCK = 2
+    """The model's own load, as SGLang always does it."""
+    PROVEN = 3
+    """Both, and they were compared."""
+    RECORDED = 4
+    """The model's own load, observed."""
+    FELL_BACK = 5
+    """The model's own load, since it cannot be replayed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """Which update a call belongs to; all but ``rank`` is the same on every rank."""
@@ -151,6 +167,8 @@ class Update:
     """Where the engine's ranks were when the update began: what memory each of them can open."""
     epoch: int = 0
     """The life of the engine that it is for."""
+    ep_size: int = 1
+    """Ranks that the engine's experts are spread over."""
     model_path: str | None = None
     """For a disk update, whose manifest is empty: the folder that the engine loads."""
     started: float = 0.0
@@ -168,6 +186,10 @@ class Update:
     """On the coordinator's clock: when the last of its callers' deadlines passes."""
     cache_flushed: bool = False
     verification: Verification = Verification.NOT_ASKED
+    load_path: LoadPath = LoadPath.NOT_LOADED
+    """The slowest of all its buckets and ranks."""
+    load_reason: str = ""
+    """Why that was not a replay, where there is a replay loader."""
     notes: list[str] = field(default_factory=list)
     """What a person should know of it, in sentences."""
     phase: Phase = Phase.COLLECT
@@ -257,6 +279,11 @@ class Update:
     def memories(self, bucket: int) -> list[Memory]:
         """The handles of one bucket in rank order; every rank must have delivered it."""
         return [self.deliveries[rank].handles[bucket] for rank in range(self.header.tp_size)]
+
+    def loaded_by(self, path: LoadPath, why: str = "") -> None:
+        """One bucket was, on one rank or on all."""
+        if path > self.load_path:
+            self.load_path, self.load_reason = path, why
 
     def start_applying(self) -> None:
         """COLLECTING -> APPLYING: from here on only the applier decides."""

@@ -30,6 +30,8 @@ class RankReport:
     kind: str = ""
     num_posts: int = 0
     cache_flushed: bool = False
+    load_path: str = ""
+    load_reason: str = ""
     weight_version: str = ""
     phases: dict[str, float]
 

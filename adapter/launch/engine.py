@@ -18,6 +18,7 @@ from adapter.launch.reaper_process import ReaperProcess
 # leaves its semaphores too.
 SHARED_MEMORY_PREFIXES = ("sgl_shm_", "sglang_loads_", "sem.mp-")
 SERVER = "the SGLang server"
+CUSTOM_LOADER, REPLAY_LOADER = "--custom-weight-loader", "adapter.loader.load"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class EngineConfig:
         args: Further arguments of `sglang.launch_server`.
         env: Variables to set, or to unset where the value is None.
         pythonpath: Folders to put first on PYTHONPATH.
+        replay: Whether it gets the replay loader (`adapter.loader`), which the sidecar then uses.
         serves_http: Whether it answers requests; of a server of several nodes, only the first does.
         ready_timeout_s: How long the start may take.
         grace_s: How long its orderly end may take.
@@ -46,6 +48,7 @@ class EngineConfig:
     args: tuple[str, ...] = ()
     env: Mapping[str, str | None] = field(default_factory=dict)
     pythonpath: tuple[Path, ...] = ()
+    replay: bool = True
     serves_http: bool = True
     ready_timeout_s: float = 180.0
     grace_s: float = 20.0
@@ -54,7 +57,8 @@ class EngineConfig:
         """The command line that serves on this port."""
         fixed = ["--model-path", str(self.model_path), "--tp", str(self.tp_size)]
         address = ["--host", self.host, "--port", str(port)]
-        return [sys.executable, "-m", "sglang.launch_server", *fixed, *address, *self.args]
+        loader = [CUSTOM_LOADER, REPLAY_LOADER] if self.replay and CUSTOM_LOADER not in self.args else []
+        return [sys.executable, "-m", "sglang.launch_server", *fixed, *address, *loader, *self.args]
 
     def environment(self) -> dict[str, str | None]:
         """`env` with the PYTHONPATH that `pythonpath` asks for."""

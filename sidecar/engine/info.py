@@ -11,6 +11,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from sidecar.memory import Placement
+from sidecar.payload import REPLAY_FORMAT
 
 OLDEST_SUPPORTED = Version("0.5.15.post1")
 
@@ -72,6 +73,10 @@ class EngineInfo:
     """By TP rank, as far as they are known: see ``gpus``."""
     host_gpus: frozenset[str] = field(default=frozenset(), compare=False)
     """UUIDs of this host's GPUs, where they are known."""
+    ep_size: int = 1
+    """Ranks that its experts are spread over."""
+    has_replay_loader: bool = False
+    """Whether it was started with ``--custom-weight-loader adapter.loader.load``."""
     unsupported: str = ""
     """Why it cannot be updated at all; empty if it can."""
 
@@ -84,6 +89,11 @@ class EngineInfo:
             gpu_uuids=self.gpu_uuids,
             host_gpus=self.host_gpus,
         )
+
+    @property
+    def replays(self) -> bool:
+        """Whether buckets can go through the replay loader: its answers are read on this host, and one model loads."""
+        return self.has_replay_loader and self.nnodes == 1 and not self.speculative
 
 
 def parse(server_info: Mapping[str, Any]) -> EngineInfo:
@@ -103,6 +113,8 @@ def parse(server_info: Mapping[str, Any]) -> EngineInfo:
         serves_lora=bool(server_info.get("enable_lora")),
         lora_by_rank=_is_since(version, LORA_BY_RANK_SINCE),
         model_path=str(server_info.get("model_path") or ""),
+        ep_size=_number(server_info, "ep_size"),
+        has_replay_loader=REPLAY_FORMAT in (server_info.get("custom_weight_loader") or ()),
         unsupported=unsupported or _unsupported_layout(server_info, dialect),
     )
 

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from sidecar import payload
 from sidecar.config import Timeouts
 from sidecar.engine.http import EngineHttp
 from sidecar.engine.info import DIALECTS, Dialect
@@ -166,14 +165,16 @@ class SGLangEngine(EngineLife):
             return OUTSIDE_SESSION not in refusal.message
         raise AssertionError("SGLang cannot receive weights from a group that does not exist")
 
-    async def load(self, entries: Sequence[bytes], selector: Selector, weight_version: str | None) -> None:
-        """Load one bucket: ``entries`` has one pickle per TP rank, in rank order.
+    async def load(
+        self, entries: Sequence[bytes], load_format: str, selector: Selector, weight_version: str | None
+    ) -> None:
+        """Load one bucket: ``entries`` has one pickle per TP rank, in rank order, of the given ``load_format``.
 
         ``weight_version``: set together with the bucket, for an update that does not pause.
         """
         body: dict[str, object] = {
             "serialized_named_tensors": [base64.b64encode(entry).decode() for entry in entries],
-            "load_format": payload.LOAD_FORMAT,
+            "load_format": load_format,
             "flush_cache": False,
         }
         if self._bound[1].has_selector:

@@ -250,6 +250,8 @@ class _FeatureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Feature.Value
     """HoldUpdate."""
     FEATURE_KEEP_CACHE: _Feature.ValueType  # 12
     """UpdateHeader.keep_cache."""
+    FEATURE_KEPT_MEMORY: _Feature.ValueType  # 14
+    """CudaIpcHandle.lease and kept."""
     FEATURE_LORA_ADAPTER: _Feature.ValueType  # 13
     """LoadLoraAdapter and UnloadLoraAdapter."""
 
@@ -282,6 +284,8 @@ FEATURE_HOLD_UPDATE: Feature.ValueType  # 11
 """HoldUpdate."""
 FEATURE_KEEP_CACHE: Feature.ValueType  # 12
 """UpdateHeader.keep_cache."""
+FEATURE_KEPT_MEMORY: Feature.ValueType  # 14
+"""CudaIpcHandle.lease and kept."""
 FEATURE_LORA_ADAPTER: Feature.ValueType  # 13
 """LoadLoraAdapter and UnloadLoraAdapter."""
 Global___Feature: _TypeAlias = Feature  # noqa: Y015
@@ -425,6 +429,42 @@ PHASE_RESUME: Phase.ValueType  # 8
 PHASE_VERIFY: Phase.ValueType  # 9
 """The engine's checksums are compared, if the update asks for it."""
 Global___Phase: _TypeAlias = Phase  # noqa: Y015
+
+class _LoadPath:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LoadPathEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoadPath.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LOAD_PATH_UNSPECIFIED: _LoadPath.ValueType  # 0
+    """Nobody yet."""
+    LOAD_PATH_REPLAYED: _LoadPath.ValueType  # 1
+    """The replay loader, from a recording of the model's own load."""
+    LOAD_PATH_STOCK: _LoadPath.ValueType  # 2
+    """The model's own load, as SGLang always does it."""
+    LOAD_PATH_PROVEN: _LoadPath.ValueType  # 3
+    """The replay loader and then the model, and both gave the same bytes."""
+    LOAD_PATH_RECORDED: _LoadPath.ValueType  # 4
+    """The model's own load, while it was recorded."""
+    LOAD_PATH_FELL_BACK: _LoadPath.ValueType  # 5
+    """The model's own load, since it cannot be replayed."""
+
+class LoadPath(_LoadPath, metaclass=_LoadPathEnumTypeWrapper):
+    """Who has written the weights of an update into the engine's model, from the fastest to the slowest."""
+
+LOAD_PATH_UNSPECIFIED: LoadPath.ValueType  # 0
+"""Nobody yet."""
+LOAD_PATH_REPLAYED: LoadPath.ValueType  # 1
+"""The replay loader, from a recording of the model's own load."""
+LOAD_PATH_STOCK: LoadPath.ValueType  # 2
+"""The model's own load, as SGLang always does it."""
+LOAD_PATH_PROVEN: LoadPath.ValueType  # 3
+"""The replay loader and then the model, and both gave the same bytes."""
+LOAD_PATH_RECORDED: LoadPath.ValueType  # 4
+"""The model's own load, while it was recorded."""
+LOAD_PATH_FELL_BACK: LoadPath.ValueType  # 5
+"""The model's own load, since it cannot be replayed."""
+Global___LoadPath: _TypeAlias = LoadPath  # noqa: Y015
 
 class _Severity:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -630,6 +670,8 @@ class CudaIpcHandle(_message.Message):
     REF_COUNTER_OFFSET_FIELD_NUMBER: _builtins.int
     EVENT_HANDLE_FIELD_NUMBER: _builtins.int
     EVENT_SYNC_REQUIRED_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     device_uuid: _builtins.str
     """The GPU's UUID, "GPU-" in front or not. Stands for the device ordinal, which differs between processes."""
     memory_handle: _builtins.bytes
@@ -646,6 +688,15 @@ class CudaIpcHandle(_message.Message):
     """The event that the engine waits for before it reads (64 bytes), or empty."""
     event_sync_required: _builtins.bool
     """Whether that event must be waited for."""
+    lease: _builtins.str
+    """Name of a file in /dev/shm whose locks say how long the engine may keep this memory mapped after it was loaded: as
+    long as the first byte is locked for writing, by the trainer. Who keeps it locks the second for reading. Empty:
+    not at all. Used by engines with the replay loader (EngineInfo.replays) alone.
+    """
+    kept: _builtins.bool
+    """Whether the engine keeps it mapped from an earlier update, under that lease: it is not given the handle again, and
+    the slot of the reference counter stays 1 until it lets go.
+    """
     def __init__(
         self,
         *,
@@ -657,10 +708,12 @@ class CudaIpcHandle(_message.Message):
         ref_counter_offset: _builtins.int = ...,
         event_handle: _builtins.bytes = ...,
         event_sync_required: _builtins.bool = ...,
+        lease: _builtins.str = ...,
+        kept: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuid", b"device_uuid", "event_handle", b"event_handle", "event_sync_required", b"event_sync_required", "memory_handle", b"memory_handle", "ref_counter_handle", b"ref_counter_handle", "ref_counter_offset", b"ref_counter_offset", "storage_offset_bytes", b"storage_offset_bytes", "storage_size_bytes", b"storage_size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuid", b"device_uuid", "event_handle", b"event_handle", "event_sync_required", b"event_sync_required", "kept", b"kept", "lease", b"lease", "memory_handle", b"memory_handle", "ref_counter_handle", b"ref_counter_handle", "ref_counter_offset", b"ref_counter_offset", "storage_offset_bytes", b"storage_offset_bytes", "storage_size_bytes", b"storage_size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -867,6 +920,7 @@ class EngineInfo(_message.Message):
     UNSUPPORTED_REASON_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     GPU_UUIDS_FIELD_NUMBER: _builtins.int
+    REPLAYS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """SGLang's release, such as "0.5.23"."""
     tp_size: _builtins.int
@@ -881,6 +935,8 @@ class EngineInfo(_message.Message):
     """Why this engine cannot be updated at all; empty if it can."""
     epoch: _builtins.int
     """Which of the engine's lives, counted by this sidecar: another number means that it was restarted."""
+    replays: _builtins.bool
+    """Whether updates go through the replay loader, as it was started with --custom-weight-loader adapter.loader.load."""
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """By TP rank: the GPU that it runs on, as "nvidia-smi -L" shows it. Memory of another GPU is refused. An empty string
@@ -898,10 +954,11 @@ class EngineInfo(_message.Message):
         unsupported_reason: _builtins.str = ...,
         epoch: _builtins.int = ...,
         gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
+        replays: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dialect", b"dialect", "epoch", b"epoch", "gpu_uuids", b"gpu_uuids", "tp_size", b"tp_size", "unsupported_reason", b"unsupported_reason", "uses_sessions", b"uses_sessions", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dialect", b"dialect", "epoch", b"epoch", "gpu_uuids", b"gpu_uuids", "replays", b"replays", "tp_size", b"tp_size", "unsupported_reason", b"unsupported_reason", "uses_sessions", b"uses_sessions", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1021,6 +1078,8 @@ class UpdateOutcome(_message.Message):
     NUM_POSTED_EVER_FIELD_NUMBER: _builtins.int
     VERIFICATION_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    LOAD_PATH_FIELD_NUMBER: _builtins.int
+    LOAD_REASON_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Its id."""
     weight_version: _builtins.str
@@ -1049,6 +1108,10 @@ class UpdateOutcome(_message.Message):
     """
     verification: Global___Verification.ValueType
     """What came of verify."""
+    load_path: Global___LoadPath.ValueType
+    """The slowest of the ways in which its buckets were loaded, over all ranks."""
+    load_reason: _builtins.str
+    """Why that was no replay, where the engine has a replay loader."""
     @_builtins.property
     def waiting_for_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks that it waits for, while it collects or waits for a bucket."""
@@ -1081,10 +1144,12 @@ class UpdateOutcome(_message.Message):
         num_posted_ever: _builtins.int = ...,
         verification: Global___Verification.ValueType = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        load_path: Global___LoadPath.ValueType = ...,
+        load_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_flushed", b"cache_flushed", "engine_epoch", b"engine_epoch", "error", b"error", "error_reason", b"error_reason", "manifest_digest", b"manifest_digest", "notes", b"notes", "num_buckets", b"num_buckets", "num_posted", b"num_posted", "num_posted_ever", b"num_posted_ever", "phases", b"phases", "state", b"state", "update_id", b"update_id", "verification", b"verification", "waiting_for_ranks", b"waiting_for_ranks", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_flushed", b"cache_flushed", "engine_epoch", b"engine_epoch", "error", b"error", "error_reason", b"error_reason", "load_path", b"load_path", "load_reason", b"load_reason", "manifest_digest", b"manifest_digest", "notes", b"notes", "num_buckets", b"num_buckets", "num_posted", b"num_posted", "num_posted_ever", b"num_posted_ever", "phases", b"phases", "state", b"state", "update_id", b"update_id", "verification", b"verification", "waiting_for_ranks", b"waiting_for_ranks", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 NUM_TOKENS = 8
 STEPS_BETWEEN = 4
 LOGPROB_TOLERANCE = 0.05
+WAYS = ["recorded", "proven", "replayed"]
+"""How the three updates reach the model: what the last one gives is what the replay loader wrote alone."""
 SAME_AS_HUGGING_FACE = ["qwen3", "qwen2-tied", "llama", "qwen3-moe"]
 
 
@@ -98,7 +100,9 @@ def test_the_server_says_what_the_trained_model_says(name: str, tmp_path: Path) 
             if round_number:
                 losses = trainer.train()
                 assert losses[-1] < losses[0], "it really learns"
-            assert trainer.send()["num_posts"] > 1
+            sent = trainer.send()
+            assert sent["num_posts"] > 1
+            assert sent["load_path"] == WAYS[round_number], sent
             tokens, logprobs = trainer.own()
             generated, completed = trainer.generated(), trainer.completed()
             assert (generated[0], completed[0]) == (tokens, hf_models.text_of(tokens).replace(" ", ""))
@@ -116,7 +120,8 @@ def test_deepseek_v2_says_what_it_says_after_a_load_of_the_same_weights_from_dis
         for round_number in range(2):
             if round_number:
                 trainer.train()
-            trainer.send()
+            sent = trainer.send()
+            assert sent["load_path"] == "fell_back"  # it derives w_kc and w_vc, and loads CPU tensors in threads
             said.append((trainer.generated(), http.rank_checksums()))
         call_all(trainer.ranks, "save", folder=str(trainer.model_folder))
         http.load_from_disk(trainer.model_folder)

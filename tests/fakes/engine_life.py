@@ -21,7 +21,8 @@ from tests.fakes.faults import EngineDied, Fault
 from tests.fakes.generation import Generation
 from tests.fakes.lora import LOAD, MODELS, UNLOAD, LoraPool
 from tests.fakes.payloads import Entry
-from tests.fakes.weights import Weights, decode_all
+from tests.fakes.replay import LOADER, FakeLoaders, ReplayScript
+from tests.fakes.weights import Weights, decode_all, unpickle_all
 
 FLUSHED = (
     "Cache flushed.\nPlease check backend logs for more details. "
@@ -57,6 +58,8 @@ class Settings:
     known_names: Collection[str] | None
     """Names that the model has; None takes any."""
     custom_loaders: Collection[str]
+    replay: ReplayScript
+    """How the replay loader behaves, where it is one of them."""
     server_info: Mapping[str, object]
     """Added to /server_info last."""
 
@@ -77,6 +80,7 @@ class EngineLife:
         self.session_open = False
         self.generation = Generation()
         self.lora = LoraPool(settings.dialect, settings.tp_size, settings.server_info, settings.device)
+        self.loaders = FakeLoaders(settings.replay)
         self.dead = threading.Event()
         self._gets: dict[str, Callable[[Call], Reply]] = {
             "/model_info": self._model_info,
@@ -229,6 +233,8 @@ class EngineLife:
         """An exception while loading ends the scheduler, and the scheduler ends the server."""
         encoded, load_format = body["serialized_named_tensors"], body.get("load_format")
         try:
+            if load_format == LOADER and load_format in self._settings.custom_loaders:
+                return self.loaders.load(unpickle_all(encoded, self._settings.tp_size))
             return decode_all(encoded, self._settings.tp_size, load_format, self._settings.custom_loaders)
         except Exception as death:
             raise EngineDied(f"{type(death).__name__}: {death}") from death

@@ -21,6 +21,7 @@ from tests.fakes.dialects import EngineDialect
 from tests.fakes.engine_life import FLUSH_FAILED, EngineLife, Settings
 from tests.fakes.faults import ConnectionCut, EngineDied, Fault, FaultPlan, PlannedFault
 from tests.fakes.http_frontend import HttpFrontend
+from tests.fakes.replay import LOADER, ReplayScript
 from tests.fakes.schema import complaint
 
 CHECKPOINT = {"model.embed_tokens.weight": "c0ffee0000000000"}
@@ -41,6 +42,7 @@ class ScriptedEngine:
         checkpoint: Mapping[str, str] = CHECKPOINT,
         known_names: Collection[str] | None = None,
         custom_loaders: Collection[str] = (),
+        replay: ReplayScript | None = None,
         api_key: str | None = None,
         admin_api_key: str | None = None,
         server_info: Mapping[str, object] | None = None,
@@ -54,7 +56,8 @@ class ScriptedEngine:
             token_s=token_s,
             checkpoint=checkpoint,
             known_names=known_names,
-            custom_loaders=custom_loaders,
+            custom_loaders=(*custom_loaders, LOADER) if replay else custom_loaders,
+            replay=replay or ReplayScript(),
             server_info={"api_key": api_key, "admin_api_key": admin_api_key} | dict(server_info or {}),
         )
         self.calls: list[Call] = []
@@ -155,6 +158,10 @@ class ScriptedEngine:
     def forget_faults(self) -> None:
         """Plan nothing any more; calls that hang go on."""
         self._faults.clear()
+
+    def forget_plans(self) -> None:
+        """The replay loaders know no manifest any more."""
+        self._life.loaders.forget()
 
     def die(self) -> None:
         """As SIGKILL: connections are cut, the port is closed, all state is gone."""

@@ -93,6 +93,10 @@ class _TorchClass:
     name: str
 
 
+class NoTensor:
+    """``torch.Tensor()``: an empty one."""
+
+
 def _rebuild_storage_filename(_cls: _TorchClass, manager: bytes, handle: bytes, size: int) -> SharedStorage:
     return SharedStorage(manager.decode(), handle.decode(), int(size))
 
@@ -101,13 +105,13 @@ def _rebuild_typed_storage(storage: SharedStorage, dtype: DType) -> _TypedStorag
     return _TypedStorage(storage, dtype)
 
 
-def _rebuild_tensor(_cls: _TorchClass, typed: _TypedStorage, metadata: tuple[Any, ...]) -> TensorView:
+def _rebuild_tensor(_cls: type[NoTensor], typed: _TypedStorage, metadata: tuple[Any, ...]) -> TensorView:
     offset, shape, stride, _requires_grad = metadata
     return TensorView(typed.storage, typed.dtype, int(offset), tuple(shape), tuple(stride))
 
 
 def _rebuild_cuda_tensor(  # the 15 arguments of torch's function
-    _tensor_cls: _TorchClass,
+    _tensor_cls: type[NoTensor],
     shape: tuple[int, ...],
     stride: tuple[int, ...],
     offset: int,
@@ -136,7 +140,7 @@ _GLOBALS: dict[tuple[str, str], object] = {
     (_REDUCTIONS, "rebuild_tensor"): _rebuild_tensor,
     (_REDUCTIONS, "rebuild_typed_storage"): _rebuild_typed_storage,
     (_REDUCTIONS, "rebuild_storage_filename"): _rebuild_storage_filename,
-    ("torch", "Tensor"): _TorchClass("Tensor"),
+    ("torch", "Tensor"): NoTensor,
     ("torch.storage", "TypedStorage"): _TorchClass("TypedStorage"),
     ("torch.storage", "UntypedStorage"): _TorchClass("UntypedStorage"),
     ("types", "SimpleNamespace"): types.SimpleNamespace,

@@ -6,9 +6,11 @@ Digests stand for content, so equal weights have equal checksums and give equal 
 import base64
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from tests.fakes import payloads
 from tests.fakes.payloads import Entry
+from tests.fakes.unpickling import unpickle
 
 VOCABULARY = 512
 
@@ -53,6 +55,11 @@ def decode_all(
     return tuple(
         payloads.decode(base64.b64decode(encoded[rank]), load_format, custom_loaders) for rank in range(tp_size)
     )
+
+
+def unpickle_all(encoded: Sequence[str], tp_size: int) -> list[Any]:
+    """The same, without a look at what is in them."""
+    return [unpickle(base64.b64decode(encoded[rank])) for rank in range(tp_size)]
 
 
 def _sha256(text: str) -> str:

@@ -16,7 +16,7 @@ from adapter import MemoryNotExportable
 from adapter.checks import check_tensors
 from adapter.exportable import allocate_flat, give_back, segment_bytes
 from adapter.exports import CudaExport
-from adapter.resident import ResidentBuckets, listed
+from adapter.resident import Residents
 from adapter.sources import PlainTensor
 
 SIZES = [64, 3 << 20, 33 << 20]
@@ -63,8 +63,8 @@ def expandable() -> dict[str, Any]:
     resident = torch.ones(64 << 20, dtype=torch.uint8, device=GPU)
     assert kind_of(resident) == "e", "the trainer's own setting is back"
     with pytest.raises(MemoryNotExportable, match="lies in an expandable segment"):
-        ResidentBuckets(listed([("w", resident)]), {}, allow_expandable=False)
-    allowed = ResidentBuckets(listed([("w", resident)]), {}, allow_expandable=True)
+        Residents(allow_expandable=False).buckets([("w", resident)])
+    allowed = Residents(allow_expandable=True).buckets([("w", resident)])
     return {**seen, "allowed_buckets": len(allowed.plan.buckets)}
 
 
@@ -114,12 +114,15 @@ def forked() -> dict[str, Any]:
 def freed_in_place() -> dict[str, Any]:
     """FSDP frees a parameter's storage while the engine reads it."""
     tensor = torch.ones(32 << 20, dtype=torch.uint8, device=GPU)
-    buckets = ResidentBuckets(listed([("w", tensor)]), {}, allow_expandable=False)
+    residents = Residents(allow_expandable=False)
+    buckets = residents.buckets([("w", tensor)])
     buckets.fill(0)
     buckets.check_sources()
     tensor.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="tensor w was freed during the update") as raised:
         buckets.check_sources()
+    with pytest.raises(ValueError, match="tensor w was freed: its storage is smaller"):
+        residents.buckets([("w", tensor)])
     return {"said": str(raised.value)}
 
 

@@ -3,6 +3,8 @@
     python -m tests.gpu.rank TARGET RANK TP_SIZE SHAPE BUCKET_BYTES
 
 {"do": "update", "version": "3"}   sends the weights; they are negated before every update, so that each differs
+{"do": "update", "version": "3", "in_place": true}  the same, from one buffer that they stay in
+{"do": "let_go"}                   has the engine close what it keeps mapped; seconds that this took
 {"do": "stall", "version": "3", "bucket": 2}  sends the buckets before that one, and the rest after one more line
 {"do": "measured", "way": "staged", "version": "3"}  sends them, staged, "in_place" or as "dtensors", and says what
                                    that took
@@ -38,15 +40,19 @@ class Rank:
         torch.cuda.set_device(rank)
         self.shape = shape
         self.weights: NamedTensors = random_weights(shape, 1, torch.device("cuda", rank))
+        self._resident = False
+        """Whether the weights lie in one exportable buffer."""
         self.client = WeightSyncClient(target, rank=rank, tp_size=tp_size, bucket_bytes=bucket_bytes)
 
-    def update(self, version: str) -> dict[str, Any]:
+    def update(self, version: str, *, in_place: bool = False) -> dict[str, Any]:
         """Send the negated weights; what came of it, an error too."""
+        if in_place and not self._resident:
+            self._in_one_buffer()
         torch._foreach_neg_([tensor for _, tensor in self.weights])
         torch.cuda.synchronize()
         started = time.monotonic()
         try:
-            result = asdict(self.client.update_weights(self.weights, version=version, timeout=120))
+            result = asdict(self.client.update_weights(self.weights, version=version, in_place=in_place, timeout=120))
         except WeightSyncError as error:
             result = {"error": type(error).__name__, "reason": error.reason, "message": str(error)}
         return {"seconds": time.monotonic() - started, **result}
@@ -95,7 +101,14 @@ class Rank:
         for (_, view), (_, tensor) in zip(views, self.weights, strict=True):
             view.copy_(tensor)
         self.weights = views
+        self._resident = True
         return views
+
+    def let_go(self) -> dict[str, Any]:
+        """Nothing of this process stays mapped in the engine."""
+        started = time.monotonic()
+        self.client.release_staging()
+        return {"seconds": time.monotonic() - started}
 
     def _as_dtensors(self) -> NamedTensors:
         """As FSDP2 holds them, over NCCL, on this one GPU."""

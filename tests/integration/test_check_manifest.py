@@ -252,7 +252,19 @@ def test_a_repeated_call_is_answered_whatever_its_checkpoint_has_become(start: S
     first = pair.send(request).result(ANSWER_S)
     tiny_model.save_checkpoint(folder, [("something.else", torch.zeros(2, 3))])
     assert pair.send(request).result(ANSWER_S) == first
-    assert refusal(pair.send(pair.request("new", tp_size=1))).reason == "MANIFEST_MISMATCH"
+
+
+def test_what_an_engine_has_loaded_it_can_load_again_whatever_its_checkpoint_has_become(
+    start: StartPair, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    tiny_model.save_checkpoint(folder, [("layer.0.weight", torch.zeros(2, 3)), ("layer.0.bias", torch.zeros(4))])
+    pair = start(tp_size=1, server_info={"model_path": str(folder)})
+    pair.update("first", tp_size=1)
+    tiny_model.save_checkpoint(folder, [("something.else", torch.zeros(2, 3))])
+    assert pair.update("again", tp_size=1).state == pb.UPDATE_STATE_COMMITTED
+    other = pair.request("other", tp_size=1, num_buckets=2)
+    assert refusal(pair.send(other)).reason == "MANIFEST_MISMATCH"
 
 
 # Without a checkpoint.
@@ -322,9 +334,15 @@ def tell(story: Story, memory: Memory) -> None:
     """What happens while the checkpoint is read; the engine gets to know nothing of it."""
     with ScriptedEngine() as server:
         reading = Reading(server, memory)
-        asyncio.run(story(reading))
-        reading.engine.close()
+        asyncio.run(_told(story, reading))
         assert server.paths() == []
+
+
+async def _told(story: Story, reading: Reading) -> None:
+    try:
+        await story(reading)
+    finally:
+        reading.engine.close()
 
 
 @pytest.fixture

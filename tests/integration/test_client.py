@@ -110,8 +110,8 @@ def test_the_second_update_sends_the_digest_alone_and_the_manifest_when_that_is_
         on_all(ranks, send("digest 1"))
         for client in ranks:
             known = client._sender._known
-            assert known._known is not None
-            known.remember(known._known[0], "0" * 64)  # as after a restart of the sidecar
+            ((plan, _),) = known._digests._entries
+            known.remember(plan, "0" * 64)  # as after a restart of the sidecar
         results = on_all(ranks, send("digest 2"))
         assert not [result for result in results if isinstance(result, Exception)]
         outcome = ranks[0].get_update("digest 2")

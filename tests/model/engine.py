@@ -23,6 +23,7 @@ from sidecar.errors import (
     EngineUnreachable,
     Reason,
 )
+from sidecar.payload import LOAD_FORMAT
 from sidecar.update import PauseMode, Selector
 from tests.fakes import shared_memory
 
@@ -143,8 +144,11 @@ class RuleKeepingEngine:
         await self._step(lambda: None)
         return self.session
 
-    async def load(self, entries: Sequence[bytes], selector: Selector, weight_version: str | None) -> None:
+    async def load(
+        self, entries: Sequence[bytes], load_format: str, selector: Selector, weight_version: str | None
+    ) -> None:
         assert len(entries) == self.tp_size
+        assert load_format == LOAD_FORMAT, "this server has no replay loader"
         await self._step(lambda: self._load(entries, weight_version))
 
     def _load(self, entries: Sequence[bytes], weight_version: str | None) -> None:

@@ -104,7 +104,7 @@ def test_every_option_of_serve_is_known_here(capsys: pytest.CaptureFixture[str])
     words = {word.strip("[],") for word in capsys.readouterr().out.split()}
     assert {word for word in words if word.startswith("--")} == {
         "--help", "--engine-url", "--listen", "--accept-checkpoint-weights", "--drain-timeout", "--journal",
-        "--insecure", "--gpu-uuids",
+        "--insecure", "--gpu-uuids", "--no-replay",
         "--metrics-port", "--log-level",
         "--collect-timeout", "--pause-timeout", "--session-timeout", "--bucket-timeout", "--load-timeout",
         "--flush-timeout", "--publish-timeout", "--resume-timeout", "--probe-timeout",

@@ -11,7 +11,7 @@ from sidecar.engine.info import parse
 from sidecar.errors import InvalidRequest, Reason, UpdateConflict
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.memory import CudaIpcMemory, SharedMemory
-from sidecar.update import Header, PauseMode, Phase, Update, UpdateState
+from sidecar.update import Header, LoadPath, PauseMode, Phase, Update, UpdateState
 from sidecar.v1 import weight_sync_pb2 as pb
 
 MANIFEST = Manifest((BucketSpec(64, (TensorSpec("w", "bfloat16", (2, 3), 16, 12),)),))
@@ -152,7 +152,7 @@ def test_an_outcome_leaves_no_field_of_the_protocol_out() -> None:
     assert [field.name for field in fields.field] == [
         "update_id", "weight_version", "state", "manifest_digest", "num_buckets", "num_posted", "waiting_for_ranks",
         "cache_flushed", "phases", "error", "error_reason", "engine_epoch", "num_posted_ever",
-        "verification", "notes",
+        "verification", "notes", "load_path", "load_reason",
     ]  # fmt: skip
 
 
@@ -161,6 +161,11 @@ def test_the_domains_numbers_are_the_protocols(enum: type, domain: type) -> None
     names = {member.name: member.value for member in domain}  # type: ignore[attr-defined]
     described = enum.DESCRIPTOR.values[1:]  # type: ignore[attr-defined]
     assert names == {value.name.partition("_")[2].removeprefix("STATE_"): value.number for value in described}
+
+
+def test_the_ways_of_loading_have_the_protocols_numbers() -> None:
+    names = {value.name.removeprefix("LOAD_PATH_"): value.number for value in pb.LoadPath.DESCRIPTOR.values[1:]}
+    assert names == {path.name: path.value for path in LoadPath if path}
 
 
 def test_the_engine_is_described_as_it_was_seen() -> None:

@@ -7,6 +7,7 @@ import pytest
 from sidecar.config import Timeouts
 from sidecar.engine.sglang import SGLangEngine
 from sidecar.errors import EngineRefused, EngineRestarted
+from sidecar.payload import LOAD_FORMAT
 from sidecar.update import PauseMode, Selector
 from tests.fakes import Fault, ScriptedEngine
 
@@ -56,7 +57,7 @@ def test_no_step_of_an_update_reaches_another_server_than_it_began_with() -> Non
         server.restart()
         await engine.probe()
         before = len(server.paths())
-        load = engine.load([b""], Selector.ALL, weight_version=None)
+        load = engine.load([b""], LOAD_FORMAT, Selector.ALL, weight_version=None)
         steps = (engine.begin(Selector.ALL, LIMIT_S), load, engine.end(), engine.flush(1.0), engine.publish("7"))
         for step in (*steps, engine.resume()):
             with pytest.raises(EngineRestarted, match="was restarted during the update"):

@@ -68,7 +68,12 @@ def update_of(files: list[SharedFile], placement: Placement = HERE) -> Update:
 
 
 def was_loaded(engine: Engine, files: list[SharedFile], weight_version: str | None = None) -> bool:
-    return asyncio.run(fate.was_loaded(engine, update_of(files), 0, weight_version, LOST))
+    return asyncio.run(_was_loaded(engine, files, weight_version))
+
+
+async def _was_loaded(engine: Engine, files: list[SharedFile], weight_version: str | None) -> bool:
+    settled = await fate.is_settled(engine, 0, LOST)
+    return settled and await fate.was_loaded(engine, update_of(files), 0, weight_version)
 
 
 @pytest.mark.parametrize("is_open", [True, False])
@@ -125,7 +130,7 @@ def test_what_another_host_did_with_its_memory_cannot_be_told_from_here(files: l
     shared_memory.release(files[0].name)
     files[1].close()  # as it looks where it never was
     update = update_of(files, TWO_NODES)
-    assert not asyncio.run(fate.was_loaded(Engine(), update, 0, None, LOST))
+    assert not asyncio.run(fate.was_loaded(Engine(), update, 0, None))
     (note,) = update.notes
     assert note.startswith(
         "the answer to the load of bucket 0 was lost; whether ranks [1] have loaded it cannot be told"
@@ -136,20 +141,20 @@ def test_what_another_host_did_with_its_memory_cannot_be_told_from_here(files: l
 def test_memory_here_that_was_not_let_go_tells_enough(files: list[SharedFile]) -> None:
     files[1].close()
     update = update_of(files, TWO_NODES)
-    assert not asyncio.run(fate.was_loaded(Engine(), update, 0, None, LOST))
+    assert not asyncio.run(fate.was_loaded(Engine(), update, 0, None))
     assert update.notes == []
 
 
 def test_the_memory_of_another_node_on_this_host_tells_as_much_as_its_own(files: list[SharedFile]) -> None:
     shared_memory.release(files[0].name)
     update = update_of(files, TWO_NODES)
-    assert not asyncio.run(fate.was_loaded(Engine(), update, 0, None, LOST))
+    assert not asyncio.run(fate.was_loaded(Engine(), update, 0, None))
     shared_memory.release(files[1].name)
-    assert asyncio.run(fate.was_loaded(Engine(), update, 0, None, LOST))
+    assert asyncio.run(fate.was_loaded(Engine(), update, 0, None))
     assert update.notes == []
 
 
 def test_a_version_that_came_with_the_bucket_tells_of_every_host(files: list[SharedFile]) -> None:
     files[1].close()
     update = update_of(files, TWO_NODES)
-    assert asyncio.run(fate.was_loaded(Engine(served="7"), update, 0, "7", LOST))
+    assert asyncio.run(fate.was_loaded(Engine(served="7"), update, 0, "7"))

@@ -1,0 +1,1 @@
+"""The replay loader, without SGLang: small models stand for SGLang's."""
