@@ -19,6 +19,7 @@ from pathlib import Path
 
 SHM = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives on Linux
 NAME = re.compile("sglang-weight-sync-lease-[0-9a-f]{32}")
+SHM_PREFIX = "/dev/shm/"  # noqa: S108 - the same
 OWNER, KEEPER = 0, 1
 LOOK_S = 0.001
 
@@ -28,6 +29,7 @@ class Lease:
 
     def __init__(self) -> None:
         self.name = f"sglang-weight-sync-lease-{secrets.token_hex(16)}"
+        self._pid = os.getpid()
         self._file = os.open(_path(self.name), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         _lock(self._file, fcntl.F_WRLCK, OWNER)
 
@@ -35,11 +37,16 @@ class Lease:
         """Whether a living process keeps the region mapped."""
         return self._file >= 0 and _is_locked(self._file, KEEPER)
 
+    def ask_back(self) -> None:
+        """Ask for the region to be let go, without waiting."""
+        if self._file >= 0 and self._pid == os.getpid():
+            _lock(self._file, fcntl.F_UNLCK, OWNER)
+
     def end(self, patience_s: float) -> bool:
         """Ask for the region to be let go; whether it was, within ``patience_s``."""
         if self._file < 0:
             return True
-        _lock(self._file, fcntl.F_UNLCK, OWNER)
+        self.ask_back()
         give_up = time.monotonic() + patience_s
         while self.is_kept():
             if time.monotonic() > give_up:
@@ -55,8 +62,9 @@ class Lease:
     def _remove(self) -> None:
         os.close(self._file)
         self._file = -1
-        with suppress(FileNotFoundError):
-            _path(self.name).unlink()
+        if self._pid == os.getpid():  # a forked child has a copy of the open file, which is its parent's
+            with suppress(FileNotFoundError):
+                os.unlink(SHM_PREFIX + self.name)
 
 
 class KeptUnder:
@@ -87,11 +95,12 @@ class KeptUnder:
         """The region is not mapped any more. What a dead owner has left of the lease goes, too."""
         if self._file < 0:
             return
-        if not _is_locked(self._file, OWNER):
+        file, self._file = self._file, -1
+        if not _is_locked(file, OWNER):
             with suppress(FileNotFoundError):
                 _path(self.name).unlink()
-        os.close(self._file)
-        self._file = -1
+        _lock(file, fcntl.F_UNLCK, KEEPER)  # a thread that waits in the kernel keeps the file open a while longer
+        os.close(file)
 
 
 def _path(name: str) -> Path:

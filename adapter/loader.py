@@ -21,6 +21,7 @@ import torch
 from adapter.replay import header as headers
 from adapter.replay import verdict as verdicts
 from adapter.replay.header import Header
+from adapter.replay.kept import KeptRegions
 from adapter.replay.replayer import Replayer
 from adapter.replay.verdict import Outcome, Verdict
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 LIFE = secrets.token_hex(8)
 """This process, as far as the sidecar cares."""
 
+_kept = KeptRegions()
 _replayers: WeakKeyDictionary[torch.nn.Module, Replayer] = WeakKeyDictionary()
 
 
@@ -47,7 +49,9 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
         logger.error("nothing was loaded: %s", error)
         return
     try:
-        outcome, why = _replayers.setdefault(model, Replayer()).serve(model, said, flat)
+        if model not in _replayers:
+            _replayers[model] = Replayer(_kept)
+        outcome, why = _replayers[model].serve(model, said, flat)
     except Exception as error:  # the process edge: an exception here ends the server
         logger.exception("loading a bucket failed")
         outcome, why = Outcome.FAILED, f"{type(error).__name__}: {error}"

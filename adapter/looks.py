@@ -8,6 +8,7 @@ have one.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from weakref import ref
 
 import torch
 
@@ -40,6 +41,28 @@ class Places:
     dtypes: list[torch.dtype]
     shapes: list[torch.Size]
     addresses: list[int]
+
+
+class SameTensors:
+    """The very tensor objects of a list, and where their bytes are; keeps none of them alive.
+
+    For tensors sent in place that is all there is to compare: another shape of the same object, over the same bytes, is
+    the same to who reads them.
+    """
+
+    def __init__(self, names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> None:
+        self._names = names
+        self._references = list(map(ref, tensors))
+        self._addresses = list(map(torch.Tensor.data_ptr, tensors))
+
+    def are(self, names: tuple[str, ...], values: Sequence[Sendable]) -> bool:
+        """Whether these are they, where they were."""
+        return (
+            names == self._names
+            and len(values) == len(self._references)
+            and all(reference() is value for reference, value in zip(self._references, values, strict=True))
+            and list(map(torch.Tensor.data_ptr, values)) == self._addresses  # type: ignore[arg-type]  # since they are
+        )
 
 
 def plain_tensors(values: Sequence[Sendable]) -> Sequence[torch.Tensor] | None:

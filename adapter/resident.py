@@ -7,18 +7,19 @@ Invariant: nothing is written here, and what was exported is the memory that the
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from adapter.checks import check_finite, check_tensors, is_freed
 from adapter.errors import MemoryNotExportable
 from adapter.exportable import is_expandable, is_shared_file
-from adapter.exports import Export, export_of
+from adapter.exports import Export, export_of, let_all_go
 from adapter.fusion import DEFAULT_RULES, group_names
-from adapter.looks import Places, places_of, plain_tensors
+from adapter.looks import Places, SameTensors, places_of, plain_tensors
 from adapter.planner import Bucket, Placement, Plan, TensorSpec, check_names
 from adapter.recent import Recent
-from adapter.sources.lazy import LazyTensor, NamedTensors, PlainTensor
+from adapter.sources.lazy import LazyTensor, NamedTensors, PlainTensor, Sendable
 from adapter.sources.module import lazy_tensors
 
 _DEPTH = 2
@@ -63,12 +64,25 @@ class Residents:
         self._rules = rules
         self._exports: dict[tuple[int, int], Export] = {}
         self._known = Recent[Places, Layout]()
+        self._last: tuple[SameTensors, Layout] | None = None
 
     def buckets(self, named_tensors: NamedTensors) -> "ResidentBuckets":
         """The tensors' own memory as an update; raises ``ValueError`` or ``MemoryNotExportable``."""
         pairs = list(named_tensors)
-        names = tuple(name for name, _ in pairs)
-        tensors = plain_tensors([value for _, value in pairs])
+        names = tuple([name for name, _ in pairs])
+        values = [value for _, value in pairs]
+        if self._last is not None and self._last[0].are(names, values):
+            layout, tensors = self._last[1], cast("list[torch.Tensor]", values)
+            if self._is_there(layout, tensors):
+                return ResidentBuckets(layout, names, tensors, self._exports)
+        self._last = None
+        return self._looked_at(pairs, names, values)
+
+    def _looked_at(
+        self, pairs: list[tuple[str, Sendable]], names: tuple[str, ...], values: list[Sendable]
+    ) -> "ResidentBuckets":
+        """The same, for other tensors than the last time."""
+        tensors = plain_tensors(values)
         places = places_of(names, tensors) if tensors else None
         layout = self._known.find(places) if places else None
         if not tensors or layout is None or not self._is_there(layout, tensors):
@@ -77,6 +91,8 @@ class Residents:
             layout = lay_out(names, tensors, self._allow_expandable, self._rules)
             if places:
                 self._known.put(places, layout)
+        if places:
+            self._last = SameTensors(names, tensors), layout
         self._forget_others(layout)
         return ResidentBuckets(layout, names, tensors, self._exports)
 
@@ -86,14 +102,14 @@ class Residents:
 
     def let_go(self) -> None:
         """Have an engine close what it keeps mapped."""
-        for export in self._exports.values():
-            export.let_go()
+        let_all_go(self._exports.values())
 
     def clear(self) -> None:
         """Hold nothing any more."""
         self.let_go()
         self._exports.clear()
         self._known.clear()
+        self._last = None
 
     def _is_there(self, layout: Layout, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the regions are what they were. Their exports have kept them, so nothing else can lie there."""

@@ -15,7 +15,7 @@ from adapter.checks import check_tensors
 from adapter.copying import copy_all
 from adapter.errors import WeightSyncError
 from adapter.exportable import allocate_flat, give_back
-from adapter.exports import Export, export_of
+from adapter.exports import Export, export_of, let_all_go
 from adapter.planner import Bucket, Placement, Plan, TensorSpec
 from adapter.sources.lazy import LazyTensor, PlainTensor, Sendable
 from adapter.sources.module import as_lazy
@@ -64,7 +64,7 @@ class StagingBuffers:
             export = self._slots[slot] = None
         if export is None:
             self._views[slot].clear()
-            export = self._slots[slot] = export_of(allocate_flat(size, device))
+            export = self._slots[slot] = export_of(allocate_flat(size, device), written_here=True)
         return export
 
     def views(self, plan: Plan, bucket: int) -> list[torch.Tensor]:
@@ -90,6 +90,7 @@ class StagingBuffers:
         """Give the buffers back to the system; those that an engine still holds go when it lets go."""
         on_gpu = any(export is not None and export.flat.is_cuda for export in self._slots)
         self._forget_views()
+        let_all_go([export for export in self._slots if export is not None])
         for slot, export in enumerate(self._slots):
             self._slots[slot] = None
             if export is not None and export.released():

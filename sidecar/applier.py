@@ -145,7 +145,8 @@ class Applier:
     async def _load_all(self, update: Update, payloads: Sequence[BucketPayload]) -> None:
         async with self._phase(update, Phase.BEGIN):
             await self._begin(update)
-            if self._replays(update):
+            update.replays = self._replay.suits(update.header, self._engine.info, update.epoch)
+            if update.replays:
                 await self._replay.greet(update, lambda entries: self._post(update, entries, REPLAY_FORMAT))
         async with self._phase(update, Phase.LOAD):
             for bucket, payload in enumerate(payloads):
@@ -183,7 +184,7 @@ class Applier:
 
     async def _load_by(self, update: Update, bucket: int, payload: BucketPayload) -> None:
         """Through the replay loader, or as SGLang always does it."""
-        if self._replays(update):
+        if update.replays:
             await self._replay.load(update, bucket, payload, lambda entries: self._post(update, entries, REPLAY_FORMAT))
             return
         memories = update.memories(bucket)
@@ -192,14 +193,10 @@ class Applier:
         await self._post(update, [payload.entry(memory) for memory in memories], LOAD_FORMAT)
         update.loaded_by(LoadPath.STOCK)
 
-    def _replays(self, update: Update) -> bool:
-        return self._replay.suits(update.header, self._engine.info, self._engine.epoch)
-
     async def _was_loaded(self, update: Update, bucket: int, payload: BucketPayload, lost: EngineLost) -> bool:
-        replays = self._replays(update)
         if not await fate.is_settled(self._engine, bucket, lost):
             return False
-        if replays:
+        if update.replays:
             return self._replay.was_loaded(update, bucket, payload)
         loaded = await fate.was_loaded(self._engine, update, bucket, self._version_carried(update))
         update.loaded_by(LoadPath.STOCK)
@@ -211,7 +208,7 @@ class Applier:
         except EngineRefused:
             # SGLang answers 400 to a bucket only before it writes any of it, but for a draft model's part, which comes
             # after the target's; and what came before this bucket was written.
-            update.touched = update.num_loaded > 0 or update.header.selector in (Selector.ALL, Selector.DRAFT)
+            update.touched |= update.num_loaded > 0 or update.header.selector in (Selector.ALL, Selector.DRAFT)
             raise
 
     async def _end(self, update: Update) -> None:

@@ -174,6 +174,7 @@ def _cuda_ipc(message: pb.CudaIpcHandle, loan: int) -> CudaIpcMemory:
         loan=loan,
         lease=message.lease,
         kept=message.kept,
+        ready_event=message.ready_event,
     )
 
 

@@ -74,7 +74,8 @@ class Coordinator:
         self._current: Update | None = None
         self._payloads: tuple[BucketPayload, ...] = ()
         self._callers = Callers()
-        self._last_report: tuple[object, Report] | None = None
+        self._report_in_hand: tuple[object, Report] | None = None
+        """Of the update in hand, by what it is about."""
         self._loaded_report: tuple[object, Report] | None = None
         """Of the last manifest that was committed."""
         self._change = asyncio.Event()
@@ -242,12 +243,12 @@ class Coordinator:
         info = await self.engine_info()
         header.check(info.tp_size)
         epoch = self._engine.epoch
-        report = await self._report(header, known, info)
+        key, report = await self._report(header, known, info)
         self._check_still(epoch, header.update_id)
         if not self._delivered_before(header, handles):  # memory that was read cannot be checked again
             admission.check_handles(handles, known.manifest, header.rank, info.placement)
             self._check_kept(header, handles)
-        update = self._find_or_start(header, known, report, info)
+        update = self._find_or_start(header, known, (key, report), info)
         self._agree(update, header, known)
         if not update.state.ended:
             admission.check_own_memory(handles, header.rank, update.deliveries)
@@ -268,14 +269,12 @@ class Coordinator:
             raise refusals.unsupported_engine(self._engine.url, info.unsupported)
         return info
 
-    async def _report(self, header: Header, known: KnownManifest, info: EngineInfo) -> Report:
+    async def _report(self, header: Header, known: KnownManifest, info: EngineInfo) -> tuple[object, Report]:
         """What is wrong with a manifest, as far as it can be told; what this engine has loaded before stays right."""
         key = (known.digest, header.allow, header.selector, info.model_path, self._engine.epoch)
         if self._loaded_report is not None and self._loaded_report[0] == key:
-            return self._loaded_report[1]
-        report = await self.references.report(known, info.model_path, header.allow, header.selector)
-        self._last_report = (key, report)
-        return report
+            return self._loaded_report
+        return key, await self.references.report(known, info.model_path, header.allow, header.selector)
 
     def _check_still(self, epoch: int, update_id: str) -> None:
         """What was true before a file was read must be so afterwards."""
@@ -290,7 +289,9 @@ class Coordinator:
         before = update.deliveries.get(header.rank) if update else None
         return before is not None and bool(handles) and before.handles == handles
 
-    def _find_or_start(self, header: Header, known: KnownManifest, report: Report, info: EngineInfo) -> Update:
+    def _find_or_start(
+        self, header: Header, known: KnownManifest, reported: tuple[object, Report], info: EngineInfo
+    ) -> Update:
         existing = self._updates.get(header.update_id)
         if existing and not existing.may_be_tried_again:
             return existing
@@ -298,10 +299,11 @@ class Coordinator:
             existing.told.add(header.rank)
             raise existing.error
         self._check_new(header, info, len(known.manifest.buckets))
-        admission.check_report(report, header)
+        admission.check_report(reported[1], header)
         update = self._new_update(header, info, known.manifest, known.digest)
-        update.notes.extend(finding.message for finding in report.findings)
+        update.notes.extend(finding.message for finding in reported[1].findings)
         self._start(update, known.payloads)
+        self._report_in_hand = reported
         return update
 
     def _check_new(self, header: Header, info: EngineInfo, num_buckets: int) -> None:
@@ -332,7 +334,7 @@ class Coordinator:
         return update
 
     def _start(self, update: Update, payloads: tuple[BucketPayload, ...]) -> None:
-        self._current, self._payloads = update, payloads
+        self._current, self._payloads, self._report_in_hand = update, payloads, None
         self._over = asyncio.Event()
         self._updates.add(update)
         timer = asyncio.get_running_loop().call_later
@@ -410,7 +412,7 @@ class Coordinator:
         update.ended_at = time.monotonic()
         self._over.set()
         if update.state is UpdateState.COMMITTED:
-            self._loaded_report = self._last_report
+            self._loaded_report = self._report_in_hand
         self._current = self._applying = None
         self._payloads = ()
         self._served.ended(update)

@@ -50,6 +50,8 @@ class CudaIpcMemory:
     """Name of the file whose locks say how long an engine may keep it mapped; empty: not beyond its load."""
     kept: bool = False
     """Whether the engine has it mapped from before, under that lease, and is not given the handle again."""
+    ready_event: bytes = b""
+    """With ``kept``: the event that the engine waits for before it reads; empty: the bytes are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,8 @@ def _check_cuda(memory: CudaIpcMemory, where: str) -> None:
     if not GPU_UUID.fullmatch(memory.device_uuid):
         raise _invalid(where, f"device_uuid {memory.device_uuid[:64]!r} is not a GPU's UUID")
     _check_name(memory.ref_counter_handle, "reference counters", where)
+    if memory.ready_event and len(memory.ready_event) != EVENT_HANDLE_BYTES:
+        raise _invalid(where, f"ready_event has {len(memory.ready_event)} bytes instead of {EVENT_HANDLE_BYTES}")
     if (memory.lease or memory.kept) and not LEASE.fullmatch(memory.lease):
         raise _invalid(where, f"lease {memory.lease[:64]!r} is not a lease's name")
 

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 
 from sidecar import refusals
 from sidecar.engine.info import EngineInfo
-from sidecar.errors import EngineLost, EngineRefused, EngineUnreachable
+from sidecar.errors import EngineLost, EngineRefused, EngineUnreachable, Reason
 from sidecar.memory import CudaIpcMemory, Memory, is_kept
 from sidecar.payload import BucketPayload, replay_entry
 from sidecar.update import Header, LoadPath, PauseMode, Update
@@ -60,8 +60,7 @@ class Replay:
     def suits(self, header: Header, info: EngineInfo | None, epoch: int) -> bool:
         """Whether this update goes through the loader.
 
-        Not where a bucket carries its version, which SGLang sets whatever the loader says, and not for a draft model,
-        which would be loaded by the same call.
+        Not where a bucket carries its version, which SGLang sets whatever the loader says. Decided once for an update.
         """
         if info is None or not self._enabled or epoch == self._silent:
             return False
@@ -79,8 +78,8 @@ class Replay:
         self._known.clear()
         try:
             verdicts = await self._ask(update, [{"ask": "hello"}] * update.header.tp_size, post)
-        except (EngineRefused, OSError) as error:
-            self._do_without(update, str(error))
+        except EngineRefused as refusal:
+            self._do_without(update, refusal.message)
             return
         silent = [rank for rank, verdict in enumerate(verdicts) if verdict is None]
         if silent:
@@ -96,6 +95,7 @@ class Replay:
         asks = [{"ask": "load"} | _words(update, payload, memory, in_full=in_full) for memory in memories]
         verdicts = await self._ask(update, asks, post, memories, payload.size_bytes)
         unknown = [rank for rank, verdict in enumerate(verdicts) if verdict and verdict.outcome is Outcome.UNKNOWN]
+        _touch(update, verdicts)
         if unknown and not in_full and None not in verdicts:
             verdicts = await self._in_full(update, payload, verdicts, unknown, post)
         self._judge(update, bucket, payload, verdicts)
@@ -135,8 +135,12 @@ class Replay:
         memories: Sequence[Memory] = (),
         size_bytes: int = 0,
     ) -> list[Verdict | None]:
-        """One POST, and every rank's answer. Raises ``EngineError``; ``OSError`` if there is nowhere to answer."""
-        self._file.clear(len(asks))
+        """One POST, and every rank's answer. Raises ``EngineError``."""
+        try:
+            self._file.clear(len(asks))
+        except OSError as error:
+            message = f"the replay loader's answers have no place in /dev/shm: {error}"
+            raise EngineRefused(Reason.ENGINE_REFUSED, message) from error
         self._nonce = secrets.token_hex(8)
         entries = []
         for rank, ask in enumerate(asks):
@@ -148,21 +152,28 @@ class Replay:
 
     def _judge(self, update: Update, bucket: int, payload: BucketPayload, verdicts: Sequence[Verdict | None]) -> None:
         """Take note of how it was loaded; raise ``EngineRefused`` unless every rank has."""
+        _touch(update, verdicts)
         for rank, verdict in enumerate(verdicts):
             if verdict is None or verdict.outcome not in PATHS or verdict.life != self._lives[rank]:
                 self._known.discard(payload.digest)
                 if verdict is None:
                     self._silent = update.epoch
-                update.touched |= verdict is None or verdict.outcome is not Outcome.UNKNOWN
                 raise refusals.not_loaded(update, bucket, rank, verdict.why if verdict else "it gave no answer")
             update.loaded_by(PATHS[verdict.outcome], verdict.why)
         self._known.add(payload.digest)
 
     def _do_without(self, update: Update, why: str) -> None:
         self._silent = update.epoch
+        update.replays = False
         note = f"the engine has the replay loader, but it cannot be used: {why}"
         logger.warning("%s", note)
         update.notes.append(note)
+
+
+def _touch(update: Update, verdicts: Sequence[Verdict | None]) -> None:
+    """Some rank has written weights, or may have: then the update cannot be undone, whatever the others say."""
+    untouched = (Outcome.UNKNOWN, Outcome.READY)
+    update.touched |= any(verdict is None or verdict.outcome not in untouched for verdict in verdicts)
 
 
 def _words(update: Update, payload: BucketPayload, memory: Memory | None, *, in_full: bool) -> dict[str, object]:
@@ -174,6 +185,7 @@ def _words(update: Update, payload: BucketPayload, memory: Memory | None, *, in_
     }
     if isinstance(memory, CudaIpcMemory) and memory.lease:
         words["lease"] = memory.lease
+        words["event"] = memory.ready_event.hex()
     if in_full:
         tensors = payload.tensors
         words["tensors"] = [[tensor.name, tensor.dtype, tensor.shape, tensor.byte_offset] for tensor in tensors]

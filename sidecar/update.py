@@ -186,6 +186,8 @@ class Update:
     """On the coordinator's clock: when the last of its callers' deadlines passes."""
     cache_flushed: bool = False
     verification: Verification = Verification.NOT_ASKED
+    replays: bool = False
+    """Whether its buckets go through the engine's replay loader; decided before the first."""
     load_path: LoadPath = LoadPath.NOT_LOADED
     """The slowest of all its buckets and ranks."""
     load_reason: str = ""

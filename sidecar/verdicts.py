@@ -51,6 +51,8 @@ class VerdictFile:
         if self._num_ranks < num_ranks:
             self._make()
             self._num_ranks = num_ranks
+        elif not (SHM_DIRECTORY / self.name).exists():  # cleaned up by somebody
+            self._make()
         with (SHM_DIRECTORY / self.name).open("r+b") as file:
             file.write(bytes(num_ranks * SLOT_BYTES))
 

@@ -68,9 +68,9 @@ class Copies:
 
     def _launch(self) -> None:
         for target, source in self._one_by_one:
-            target.copy_(source, non_blocking=True)
+            target.copy_(source)
         for targets, sources in self._batches:
-            torch._foreach_copy_(targets, sources, non_blocking=True)
+            torch._foreach_copy_(targets, sources)
 
     def _capture(self) -> None:
         """Once; where it does not work they are launched as before."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 MAGIC = "sglang-weight-sync replay 1\n"
-KEYS = {"ask", "digest", "lease", "nonce", "rank", "ranks", "size", "skippable", "tensors", "verdict"}
+KEYS = {"ask", "digest", "event", "lease", "nonce", "rank", "ranks", "size", "skippable", "tensors", "verdict"}
 
 
 class Ask(StrEnum):
@@ -68,6 +68,8 @@ class Header:
     """Bytes of the bucket."""
     lease: str = ""
     """As long as this lease (``adapter.lease``) is wanted, the bucket's memory may stay mapped; empty: not at all."""
+    event: bytes = b""
+    """What to wait for before the bucket is read, as CUDA exports it; empty: nothing."""
     ranks: tuple[int, int] = (1, 1)
     """The engine's tensor-parallel and expert-parallel sizes."""
     parts: tuple[Part, ...] = ()
@@ -113,6 +115,7 @@ def _header(said: dict[str, Any]) -> Header:
         digest=str(said.get("digest", "")),
         size=size,
         lease=str(said.get("lease", "")),
+        event=bytes.fromhex(said.get("event", "")),
         ranks=(int(tp_size), int(ep_size)),
         parts=parts,
         skippable=frozenset(map(str, said.get("skippable", ()))),

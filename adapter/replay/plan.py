@@ -13,7 +13,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from math import prod
 
 import torch
 
@@ -52,7 +51,7 @@ class Piece:
         return typed.set_(flat.untyped_storage(), start // self.dtype.itemsize, self.shape, self.stride)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Plan:
     """One manifest's copies for one model."""
 
@@ -78,6 +77,10 @@ class Plan:
         self.trust, self.why = Trust.REFUSED, why
         self.pieces = self.in_order = ()
         self.tensors = None
+
+    def storages(self) -> set[int]:
+        """Addresses of the storages that a replay writes into."""
+        return {write.target.untyped_storage().data_ptr() for write in (*self.pieces, *self.in_order)}
 
     def poison(self) -> None:
         """Overwrite what a replay writes, so that what it leaves out shows."""
@@ -138,11 +141,16 @@ def _bytes_read(header: Header, flat: torch.Tensor, writes: Iterable[Write]) -> 
     """By tensor; what is read twice counts once."""
     read = dict.fromkeys((part.name for part in header.parts), 0)
     places = sorted((part.offset, part.name) for part in header.parts if part.num_bytes)
-    pieces = [_piece(write, flat) for write in writes if isinstance(write, Copy) and write.source.numel()]
-    sources = {(piece.offset, piece.shape, piece.stride, piece.dtype) for piece in pieces}
-    for offset, shape, _, dtype in sources:
-        _, name = places[bisect_right(places, offset, key=lambda place: place[0]) - 1]
-        read[name] += prod(shape) * dtype.itemsize
+    sources = [write.source for write in writes if isinstance(write, Copy) and write.source.numel()]
+    reached: dict[str, int] = {}
+    """How far each tensor has been read in one piece; what has gaps counts by its elements."""
+    spans = {(_offset(source, flat), source.nbytes, source.is_contiguous(), source.stride()) for source in sources}
+    for start, length, dense, _ in sorted(spans):
+        _, name = places[bisect_right(places, start, key=lambda place: place[0]) - 1]
+        begins = max(start, reached.get(name, start)) if dense else start
+        read[name] += max(0, start + length - begins)
+        if dense:
+            reached[name] = max(reached.get(name, 0), start + length)
     return read
 
 

@@ -6,6 +6,7 @@ what they share.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import getitem, is_
 from typing import Any
 
 import torch
@@ -24,20 +25,16 @@ class _Held:
     tensor: torch.Tensor
     address: int
 
-    def is_there(self) -> bool:
-        """Whether it is still that tensor, with its bytes at the same place."""
-        try:
-            now = self.container[self.key]
-        except (KeyError, IndexError):
-            return False
-        return now is self.tensor and self.tensor.data_ptr() == self.address
-
 
 class ModelTensors:
     """The tensors of one model at one moment."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._held = list(_all_held(model))
+        self._containers = [held.container for held in self._held]
+        self._keys = [held.key for held in self._held]
+        self._tensors = [held.tensor for held in self._held]
+        self._first_forms = self._forms()
         self._by_storage = {held.tensor.untyped_storage().data_ptr(): held.tensor for held in self._held}
 
     def has(self, tensor: torch.Tensor) -> bool:
@@ -46,7 +43,16 @@ class ModelTensors:
 
     def unmoved(self) -> bool:
         """Whether every one of them is still held where it was found, with its bytes at the same place."""
-        return all(held.is_there() for held in self._held)
+        try:  # looked at before each replay, so in few passes
+            now = map(getitem, self._containers, self._keys)
+            return all(map(is_, now, self._tensors)) and self._forms() == self._first_forms
+        except (KeyError, IndexError):
+            return False
+
+    def _forms(self) -> list[object]:
+        """What is different once a tensor was moved or reshaped, or one was added or taken away."""
+        addresses, strides = map(torch.Tensor.data_ptr, self._tensors), map(torch.Tensor.stride, self._tensors)
+        return [list(addresses), list(strides), list(map(len, self._containers))]
 
     def same_as(self, other: "ModelTensors") -> bool:
         """Whether both have found the same tensors at the same places."""
@@ -60,7 +66,11 @@ class ModelTensors:
 
     def digest(self) -> int:
         """Of all bytes; for comparing two states of one model."""
-        return hash(tuple(_hash_of(tensor) for tensor in self._by_storage.values()))
+        return hash(tuple(hash_of(flat_of(tensor)) for tensor in self._by_storage.values()))
+
+    def others(self, storages: set[int]) -> list[torch.Tensor]:
+        """The storages at other addresses than these, as bytes."""
+        return [flat_of(tensor) for address, tensor in self._by_storage.items() if address not in storages]
 
 
 def _all_held(model: torch.nn.Module) -> Iterator[_Held]:
@@ -78,14 +88,18 @@ def _held_in(container: Any, depth: int) -> Iterator[_Held]:
             yield from _held_in(value, depth - 1)
 
 
-def _hash_of(tensor: torch.Tensor) -> int:
-    """Over all of its storage, on its own device."""
-    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+def flat_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All bytes of its storage."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def hash_of(flat: torch.Tensor) -> int:
+    """Of bytes, on their own device."""
     whole = flat.numel() // 8 * 8
     words = flat[:whole].view(torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, words.numel(), HASHED_AT_ONCE):
         chunk = words[start : start + HASHED_AT_ONCE]
-        place = torch.arange(start, start + chunk.numel(), dtype=torch.int64, device=tensor.device) * 2 + 1
+        place = torch.arange(start, start + chunk.numel(), dtype=torch.int64, device=flat.device) * 2 + 1
         total = total * 1_000_003 + ((chunk ^ (chunk >> 29)) * place).sum()
     return hash((int(total), tuple(flat[whole:].tolist())))

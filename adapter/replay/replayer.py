@@ -1,4 +1,4 @@
-"""One model's plans and kept buckets, and what is done with a bucket that comes.
+"""One model's plans, and what is done with a bucket that comes.
 
     known manifest?  no, and not in the header: UNKNOWN, the bucket is held for the next call
                      no: recorded            refused: the model's own load
@@ -10,15 +10,16 @@ Invariant: whatever the answer but UNKNOWN is, the model's own load, or its prov
 
 import logging
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from adapter.replay.copies import Copies
 from adapter.replay.header import Ask, Header
-from adapter.replay.kept import Bucket, KeptBuckets
+from adapter.replay.kept import KeptRegions, Region
 from adapter.replay.plan import Piece, Plan, Trust, plan_of
-from adapter.replay.reachable import ModelTensors
+from adapter.replay.reachable import ModelTensors, hash_of
 from adapter.replay.recorder import Recorder, Recording, SourceTensor
 from adapter.replay.verdict import Outcome
 
@@ -38,14 +39,14 @@ class Model(Protocol):
 
 
 class Replayer:
-    """For one model; called from the scheduler's thread alone."""
+    """For one model; called from the scheduler's thread alone. ``kept`` is the process's."""
 
-    def __init__(self, most_plans: int = MOST_PLANS, kept: KeptBuckets | None = None) -> None:
+    def __init__(self, kept: KeptRegions, most_plans: int = MOST_PLANS) -> None:
         self._most_plans = most_plans
         self._plans: OrderedDict[str, Plan] = OrderedDict()
-        self._kept = KeptBuckets() if kept is None else kept
-        self._held: Bucket | None = None
-        """Of a call whose manifest was unknown."""
+        self._kept = kept
+        self._held: Region | str | None = None
+        """What a call with an unknown manifest has brought; the name of its lease if it is kept."""
 
     def serve(self, model: torch.nn.Module, said: Header, flat: torch.Tensor) -> Answer:
         """Do what the header asks. ``flat``: the bucket, or an empty tensor if it is here already."""
@@ -53,46 +54,51 @@ class Replayer:
         if said.ask in (Ask.HELLO, Ask.NOTHING):
             return Outcome.READY, ""
         with self._kept.in_use(), torch.no_grad():
-            bucket = held if said.ask is Ask.LOAD_HELD else self._bucket(said, flat)
-            if bucket is None or bucket.flat.numel() < said.size:
+            if said.ask is Ask.LOAD_HELD:
+                region = self._kept.get(held) if isinstance(held, str) else held
+            else:
+                region = self._region(said, flat)
+            if region is None or region.flat.numel() < said.size:
                 return Outcome.UNKNOWN, "the bucket's memory is not mapped here any more"
-            return self._load(model, said, bucket)
+            return self._load(model, said, region)
 
-    def _bucket(self, said: Header, flat: torch.Tensor) -> Bucket | None:
+    def _region(self, said: Header, flat: torch.Tensor) -> Region | None:
         kept = self._kept.get(said.lease)
         if kept is not None or not flat.numel():
             return kept
-        return self._kept.keep(said.lease, _region_of(flat) if said.lease else flat)
+        return self._kept.keep(said.lease, _whole(flat) if said.lease else flat)
 
-    def _load(self, model: torch.nn.Module, said: Header, bucket: Bucket) -> Answer:
+    def _load(self, model: torch.nn.Module, said: Header, region: Region) -> Answer:
+        region.wait_for(said.event)
         plan = self._plans.get(said.digest)
         if plan is None and not said.parts:
-            self._held = bucket
+            self._held = said.lease if self._kept.get(said.lease) is region else region
             return Outcome.UNKNOWN, "the manifest is not known here"
         try:
-            return self._by_plan(model, said, plan, bucket)
+            return self._by_plan(model, said, plan, region)
         finally:
-            if bucket.flat.is_cuda:
-                torch.cuda.synchronize(bucket.flat.device)
+            if region.flat.is_cuda:
+                torch.cuda.synchronize(region.flat.device)
 
-    def _by_plan(self, model: torch.nn.Module, said: Header, plan: Plan | None, bucket: Bucket) -> Answer:
+    def _by_plan(self, model: torch.nn.Module, said: Header, plan: Plan | None, region: Region) -> Answer:
         if plan is None:
-            return self._record(model, said, bucket)
+            return self._record(model, said, region)
         self._plans.move_to_end(plan.digest)
         if plan.tensors is not None and not plan.tensors.unmoved():
-            self._kept.forget(plan.digest)
-            return self._record(model, plan.header, bucket)
+            return self._record(model, replace(plan.header, lease=said.lease), region)
         match plan.trust:
             case Trust.PROVEN:
-                return self._replay_proven(model, plan, bucket)
+                return _replay_proven(model, plan, region)
             case Trust.UNPROVEN:
-                return _prove(model, plan, bucket)
+                return _prove(model, plan, region)
             case Trust.REFUSED:
-                _own_load(model, plan, bucket)
+                _own_load(model, plan, region)
                 return Outcome.FELL_BACK, plan.why
 
-    def _record(self, model: torch.nn.Module, said: Header, bucket: Bucket) -> Answer:
-        plan = _recorded(model, said, bucket.flat)
+    def _record(self, model: torch.nn.Module, said: Header, region: Region) -> Answer:
+        plan = _recorded(model, said, region.flat)
+        if ModelTensors(model).has(region.flat):
+            self._kept.give_up(said.lease)
         self._plans[plan.digest] = plan
         while len(self._plans) > self._most_plans:
             self._plans.popitem(last=False)
@@ -101,17 +107,8 @@ class Replayer:
             return Outcome.FELL_BACK, plan.why
         return Outcome.RECORDED, "its first update is recorded"
 
-    def _replay_proven(self, model: torch.nn.Module, plan: Plan, bucket: Bucket) -> Answer:
-        try:
-            _replay(plan, bucket)
-        except RuntimeError as error:
-            plan.refuse(f"a replay failed: {error}")
-            _own_load(model, plan, bucket)
-            return Outcome.FELL_BACK, plan.why
-        return Outcome.REPLAYED, ""
 
-
-def _region_of(flat: torch.Tensor) -> torch.Tensor:
+def _whole(flat: torch.Tensor) -> torch.Tensor:
     """The whole region that a bucket lies at the beginning of: another one may need more of it."""
     return torch.empty(0, dtype=torch.uint8, device=flat.device).set_(flat.untyped_storage())
 
@@ -134,21 +131,20 @@ def _recorded(model: torch.nn.Module, said: Header, flat: torch.Tensor) -> Plan:
     return plan_of(model, said, flat, recording, before, after)
 
 
-def _prove(model: torch.nn.Module, plan: Plan, bucket: Bucket) -> Answer:
+def _prove(model: torch.nn.Module, plan: Plan, region: Region) -> Answer:
     """The first replay, checked against the model's own load, which comes last."""
     assert plan.tensors is not None
     tensors = plan.tensors
     before = tensors.digest()
     try:
         plan.poison()
-        _replay(plan, bucket)
+        _replay(plan, region)
         replayed = tensors.digest()
     except RuntimeError as error:
-        plan.refuse(f"the first replay failed: {error}")
-        replayed = 0
-    _own_load(model, plan, bucket)
-    if plan.trust is Trust.REFUSED:
-        return Outcome.FELL_BACK, plan.why
+        return _own_load_from_now_on(model, plan, region, f"the first replay failed: {error}")
+    if not _touches_nothing_else(model, plan, tensors, region):
+        return _own_load_from_now_on(model, plan, region, "the model derives more from its weights, unseen")
+    _own_load(model, plan, region)
     own = tensors.digest()
     if replayed != own or not tensors.unmoved():
         plan.refuse("the first replay gave other weights than the model's own load")
@@ -159,21 +155,54 @@ def _prove(model: torch.nn.Module, plan: Plan, bucket: Bucket) -> Answer:
     return Outcome.PROVEN, "its first replay was checked against the model's own load"
 
 
-def _replay(plan: Plan, bucket: Bucket) -> None:
-    copies = bucket.copies.get(plan.digest)
+def _touches_nothing_else(model: torch.nn.Module, plan: Plan, tensors: ModelTensors, region: Region) -> bool:
+    """Whether the model's own load leaves alone what the plan does not write, whatever is in there.
+
+    Each byte of it is changed in one bit before, and back after. So a step that no recording shows is found even where
+    it would have written what was there already.
+    """
+    others = tensors.others(plan.storages())
+    for other in others:
+        other.bitwise_xor_(1)
+    changed = [hash_of(other) for other in others]
+    try:
+        _own_load(model, plan, region)
+    finally:
+        kept = [hash_of(other) == expected for other, expected in zip(others, changed, strict=True)]
+        for other, as_it_was in zip(others, kept, strict=True):
+            if as_it_was:
+                other.bitwise_xor_(1)
+    return all(kept)
+
+
+def _replay_proven(model: torch.nn.Module, plan: Plan, region: Region) -> Answer:
+    try:
+        _replay(plan, region)
+    except RuntimeError as error:
+        return _own_load_from_now_on(model, plan, region, f"a replay failed: {error}")
+    return Outcome.REPLAYED, ""
+
+
+def _own_load_from_now_on(model: torch.nn.Module, plan: Plan, region: Region, why: str) -> Answer:
+    plan.refuse(why)
+    _own_load(model, plan, region)
+    return Outcome.FELL_BACK, why
+
+
+def _replay(plan: Plan, region: Region) -> None:
+    copies = region.copies.get(plan)
     if copies is None:
-        copies = Copies((piece.target, piece.source_in(bucket.flat)) for piece in plan.pieces)
-        bucket.remember(plan.digest, copies)
+        copies = region.copies[plan] = Copies((piece.target, piece.source_in(region.flat)) for piece in plan.pieces)
     copies.run()
     for write in plan.in_order:
         if isinstance(write, Piece):
-            write.target.copy_(write.source_in(bucket.flat))
+            write.target.copy_(write.source_in(region.flat))
         else:
             write.target.fill_(write.value)
 
 
-def _own_load(model: torch.nn.Module, plan: Plan, bucket: Bucket) -> None:
-    _load_weights(model, [(part.name, part.view_in(bucket.flat)) for part in plan.header.parts])
+def _own_load(model: torch.nn.Module, plan: Plan, region: Region) -> None:
+    _load_weights(model, [(part.name, part.view_in(region.flat)) for part in plan.header.parts])
 
 
 def _load_weights(model: torch.nn.Module, weights: list[tuple[str, torch.Tensor]]) -> None:

@@ -77,6 +77,8 @@ class EngineInfo:
     """Ranks that its experts are spread over."""
     has_replay_loader: bool = False
     """Whether it was started with ``--custom-weight-loader adapter.loader.load``."""
+    moves_experts: bool = False
+    """Whether it moves experts between places while it runs (EPLB, elastic expert parallelism)."""
     unsupported: str = ""
     """Why it cannot be updated at all; empty if it can."""
 
@@ -92,8 +94,11 @@ class EngineInfo:
 
     @property
     def replays(self) -> bool:
-        """Whether buckets can go through the replay loader: its answers are read on this host, and one model loads."""
-        return self.has_replay_loader and self.nnodes == 1 and not self.speculative
+        """Whether buckets can go through the replay loader.
+
+        Its answers are read on this host; one model loads; and experts stay where they were recorded.
+        """
+        return self.has_replay_loader and self.nnodes == 1 and not self.speculative and not self.moves_experts
 
 
 def parse(server_info: Mapping[str, Any]) -> EngineInfo:
@@ -114,6 +119,7 @@ def parse(server_info: Mapping[str, Any]) -> EngineInfo:
         lora_by_rank=_is_since(version, LORA_BY_RANK_SINCE),
         model_path=str(server_info.get("model_path") or ""),
         ep_size=_number(server_info, "ep_size"),
+        moves_experts=bool(server_info.get("enable_eplb") or server_info.get("elastic_ep_backend")),
         has_replay_loader=REPLAY_FORMAT in (server_info.get("custom_weight_loader") or ()),
         unsupported=unsupported or _unsupported_layout(server_info, dialect),
     )

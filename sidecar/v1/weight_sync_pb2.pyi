@@ -672,6 +672,7 @@ class CudaIpcHandle(_message.Message):
     EVENT_SYNC_REQUIRED_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
+    READY_EVENT_FIELD_NUMBER: _builtins.int
     device_uuid: _builtins.str
     """The GPU's UUID, "GPU-" in front or not. Stands for the device ordinal, which differs between processes."""
     memory_handle: _builtins.bytes
@@ -697,6 +698,10 @@ class CudaIpcHandle(_message.Message):
     """Whether the engine keeps it mapped from an earlier update, under that lease: it is not given the handle again, and
     the slot of the reference counter stays 1 until it lets go.
     """
+    ready_event: _builtins.bytes
+    """With kept: an event of the trainer's (64 bytes, as CUDA exports it) that is recorded once the bytes are written, and
+    that the engine waits for before it reads. Empty: the bytes are there.
+    """
     def __init__(
         self,
         *,
@@ -710,10 +715,11 @@ class CudaIpcHandle(_message.Message):
         event_sync_required: _builtins.bool = ...,
         lease: _builtins.str = ...,
         kept: _builtins.bool = ...,
+        ready_event: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuid", b"device_uuid", "event_handle", b"event_handle", "event_sync_required", b"event_sync_required", "kept", b"kept", "lease", b"lease", "memory_handle", b"memory_handle", "ref_counter_handle", b"ref_counter_handle", "ref_counter_offset", b"ref_counter_offset", "storage_offset_bytes", b"storage_offset_bytes", "storage_size_bytes", b"storage_size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuid", b"device_uuid", "event_handle", b"event_handle", "event_sync_required", b"event_sync_required", "kept", b"kept", "lease", b"lease", "memory_handle", b"memory_handle", "ready_event", b"ready_event", "ref_counter_handle", b"ref_counter_handle", "ref_counter_offset", b"ref_counter_offset", "storage_offset_bytes", b"storage_offset_bytes", "storage_size_bytes", b"storage_size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -189,6 +189,7 @@ def cuda_request(pair: Pair, update_id: str, lease: str, *, kept: bool) -> pb.Up
         event_sync_required=True,
         lease=lease,
         kept=kept,
+        ready_event=bytes(64) if kept else b"",
     )
     return pb.UpdateWeightsRequest(
         update=header(update_id, 0, tp_size=1),
@@ -205,6 +206,7 @@ def test_memory_that_the_engine_keeps_is_named_by_its_lease_without_a_handle(sta
             pair.send(cuda_request(pair, update, lease.name, kept=kept)).result(20)
     loads = [said for said in script.headers if said["ask"] == "load"]
     assert [said["lease"] for said in loads] == [lease.name] * 2
+    assert [said["event"] for said in loads] == ["", "00" * 64]
     first, second = (len(body["serialized_named_tensors"][0]) for body in pair.bodies(LOAD)[1:])
     assert second < first
 

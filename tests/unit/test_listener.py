@@ -164,14 +164,15 @@ def test_a_server_that_was_started_again_with_the_same_seed_is_another_life(rele
             await watch.look()
         assert engine.epoch == until_epoch
 
-    with child(ENGINE, release, str(port)):
-        asyncio.run(looks(until_epoch=1))
-        before = _process(engine)
-    with child(ENGINE, release, str(port)):
-        asyncio.run(looks(until_epoch=2))
-        assert _process(engine) != before
+    with asyncio.Runner() as runner:
+        with child(ENGINE, release, str(port)):
+            runner.run(looks(until_epoch=1))
+            before = _process(engine)
+        with child(ENGINE, release, str(port)):
+            runner.run(looks(until_epoch=2))
+            assert _process(engine) != before
+        engine.close()
     assert changes[-1] == 2
-    engine.close()
 
 
 def _process(engine: SGLangEngine) -> str:

@@ -76,6 +76,9 @@ def test_an_event_is_not_needed_where_none_must_be_waited_for() -> None:
         pytest.param({"memory_handle": b"\x01x" + bytes(64)}, "memory_handle of 66 bytes", id="unknown-type"),
         pytest.param({"memory_handle": b"\x01e" + bytes(10)}, "memory_handle of 12 bytes", id="short-segment"),
         pytest.param({"event_handle": bytes(8)}, "event_handle has 8 bytes instead of 64", id="short-event"),
+        pytest.param({"lease": "../x"}, "lease '../x' is not a lease's name", id="lease-elsewhere"),
+        pytest.param({"kept": True}, "lease '' is not a lease's name", id="kept-without-a-lease"),
+        pytest.param({"ready_event": bytes(8)}, "ready_event has 8 bytes instead of 64", id="short-ready-event"),
         pytest.param({"ref_counter_handle": ""}, "reference counters: '' is not of the form /name", id="no-counter"),
         pytest.param(
             {"ref_counter_handle": "x"}, "reference counters: 'x' is not of the form", id="counter-without-slash"

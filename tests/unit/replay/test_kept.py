@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from adapter.lease import KeptUnder, Lease
-from adapter.replay.copies import Copies
-from adapter.replay.kept import MOST, PREPARED_FOR, KeptBuckets
+from adapter.replay.kept import MOST, KeptRegions
 
 OWNER = "import sys; from adapter.lease import Lease; lease = Lease(); print(lease.name, flush=True); sys.stdin.read()"
 KEEPER = """
@@ -46,8 +45,8 @@ def until(happened: object, timeout_s: float = 10.0) -> None:
 
 
 @pytest.fixture
-def kept() -> KeptBuckets:
-    return KeptBuckets(worth_keeping=lambda _: True)
+def kept() -> KeptRegions:
+    return KeptRegions(worth_keeping=lambda _: True)
 
 
 @pytest.fixture
@@ -106,17 +105,17 @@ def test_a_lease_that_is_forgotten_ends_and_leaves_no_file() -> None:
     under.let_go()
 
 
-def test_a_bucket_stays_until_its_lease_ends(kept: KeptBuckets, flat: torch.Tensor) -> None:
+def test_a_bucket_stays_until_its_lease_ends(kept: KeptRegions, flat: torch.Tensor) -> None:
     lease = Lease()
     with kept.in_use():
-        bucket = kept.keep(lease.name, flat)
-    assert kept.get(lease.name) is bucket
+        region = kept.keep(lease.name, flat)
+    assert kept.get(lease.name) is region
     assert lease.is_kept()
     assert lease.end(5)
     assert kept.get(lease.name) is None
 
 
-def test_a_bucket_stays_while_it_is_in_use(kept: KeptBuckets, flat: torch.Tensor) -> None:
+def test_a_bucket_stays_while_it_is_in_use(kept: KeptRegions, flat: torch.Tensor) -> None:
     lease = Lease()
     with kept.in_use():
         kept.keep(lease.name, flat)
@@ -126,7 +125,7 @@ def test_a_bucket_stays_while_it_is_in_use(kept: KeptBuckets, flat: torch.Tensor
     assert len(kept) == 0
 
 
-def test_a_bucket_goes_with_a_trainer_that_is_killed(kept: KeptBuckets, flat: torch.Tensor) -> None:
+def test_a_bucket_goes_with_a_trainer_that_is_killed(kept: KeptRegions, flat: torch.Tensor) -> None:
     with process(OWNER) as (owner, name):
         with kept.in_use():
             kept.keep(name, flat)
@@ -134,7 +133,7 @@ def test_a_bucket_goes_with_a_trainer_that_is_killed(kept: KeptBuckets, flat: to
         until(lambda: len(kept) == 0)
 
 
-def test_without_a_lease_or_for_one_that_has_ended_nothing_is_kept(kept: KeptBuckets, flat: torch.Tensor) -> None:
+def test_without_a_lease_or_for_one_that_has_ended_nothing_is_kept(kept: KeptRegions, flat: torch.Tensor) -> None:
     lease = Lease()
     lease.end(1)
     with kept.in_use():
@@ -144,13 +143,13 @@ def test_without_a_lease_or_for_one_that_has_ended_nothing_is_kept(kept: KeptBuc
 
 
 def test_host_memory_is_not_kept(flat: torch.Tensor) -> None:
-    kept, lease = KeptBuckets(), Lease()
+    kept, lease = KeptRegions(), Lease()
     with kept.in_use():
         kept.keep(lease.name, flat)
     assert not lease.is_kept()
 
 
-def test_no_more_buckets_are_kept_than_the_bound(kept: KeptBuckets, flat: torch.Tensor) -> None:
+def test_no_more_buckets_are_kept_than_the_bound(kept: KeptRegions, flat: torch.Tensor) -> None:
     leases = [Lease() for _ in range(MOST + 1)]
     with kept.in_use():
         for lease in leases:
@@ -160,9 +159,24 @@ def test_no_more_buckets_are_kept_than_the_bound(kept: KeptBuckets, flat: torch.
     assert all(lease.end(5) for lease in leases)
 
 
-def test_only_so_many_manifests_stay_prepared_for_a_bucket(kept: KeptBuckets, flat: torch.Tensor) -> None:
+def test_what_is_given_up_is_not_kept_any_more(kept: KeptRegions, flat: torch.Tensor) -> None:
+    lease = Lease()
     with kept.in_use():
-        bucket = kept.keep("", flat)
-    for number in range(PREPARED_FOR + 1):
-        bucket.remember(str(number), Copies([]))
-    assert list(bucket.copies) == [str(number) for number in range(1, PREPARED_FOR + 1)]
+        kept.keep(lease.name, flat)
+        kept.give_up(lease.name)
+    assert len(kept) == 0
+    assert not lease.is_kept()
+    assert lease.end(1)
+
+
+def test_a_forked_child_ends_no_lease_of_its_parents() -> None:
+    lease = Lease()
+    child = os.fork()
+    if child == 0:
+        lease.ask_back()
+        del lease
+        os._exit(0)
+    os.waitpid(child, 0)
+    under = KeptUnder(lease.name)
+    assert under.is_wanted()
+    under.let_go()

@@ -113,6 +113,7 @@ def test_importing_the_loader_brings_neither_grpc_nor_protobuf_into_sglang() -> 
 
 
 def test_a_header_says_what_the_sidecar_said() -> None:
-    parsed = headers.parse(text(lease="l", skippable=["k"]))
+    parsed = headers.parse(text(lease="l", skippable=["k"], event="00ff"))
     assert (parsed.digest, parsed.lease, set(parsed.skippable)) == (words()["digest"], "l", {"k"})
+    assert parsed.event == b"\x00\xff"
     assert [part.name for part in parsed.parts] == ["q", "k", "norm"]
