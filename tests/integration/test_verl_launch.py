@@ -111,7 +111,7 @@ def test_the_server_gets_what_was_asked_for_and_nothing_of_the_trainers_temporar
         lines = Path(str(engine.server_log)).read_text().splitlines()
         argv, environment = (json.loads(line.partition(" ")[2].removeprefix("with ")) for line in lines[:2])
         own = ["--model-path", "a/model", "--tp", "1", "--host", "127.0.0.1", "--port", str(asked["port"])]
-            own += ["--custom-weight-loader", "adapter.loader.load"]
+        own += ["--custom-weight-loader", "adapter.loader.load"]
         assert argv == [*own, "--log-level", "info", "--enable-lora"]
         assert environment["A"] == "1"
         assert "HOME" not in environment
