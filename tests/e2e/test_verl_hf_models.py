@@ -72,7 +72,7 @@ class Trainer:
 
 
 @contextmanager
-def training(name: str, folder: Path) -> Iterator[Trainer]:
+def training(name: str, folder: Path, **server_args: object) -> Iterator[Trainer]:
     """Everything started, the model built and wrapped."""
     model = hf_models.write_folder(name, folder / "model", "float32")
     config = cpu_engine(folder, model, tp_size=2)
@@ -84,6 +84,7 @@ def training(name: str, folder: Path) -> Iterator[Trainer]:
         "env": dict(config.env),
         "pythonpath": [str(path) for path in config.pythonpath],
         "bucket_bytes": 1 << 20,
+        **server_args,
     }
     with verl_ranks(folder, program="tests.e2e.hf_rank") as ranks:
         described = make_all(ranks, arguments)
@@ -111,6 +112,15 @@ def test_the_server_says_what_the_trained_model_says(name: str, tmp_path: Path) 
             said.append((tokens, logprobs))
         assert said[0][0] != said[2][0], "training has moved the tokens"
         assert said[1][1] != pytest.approx(said[2][1], abs=LOGPROB_TOLERANCE)
+
+
+def test_experts_that_are_spread_over_the_ranks_are_replayed(tmp_path: Path) -> None:
+    """Each rank reads only its own experts of what is sent."""
+    with training("qwen3-moe", tmp_path, ep_size=2) as trainer:
+        for way in WAYS:
+            trainer.train()
+            assert trainer.send()["load_path"] == way
+            assert trainer.generated()[0] == trainer.own()[0]
 
 
 def test_deepseek_v2_says_what_it_says_after_a_load_of_the_same_weights_from_disk(tmp_path: Path) -> None:
