@@ -99,12 +99,13 @@ def _start_engine(config: EngineConfig, report: Report) -> EngineProcess:
 
 
 def _send(stage: Stage, step: Step) -> None:
+    greetings = 0 if stage.seen else 1  # the first update asks the engine's replay loaders whether they answer
     posts_before = stage.engine.count_requests("POST", UPDATE_PATH)
     started = time.monotonic()
     reports = update_all(stage.ranks, step.seed, step.label)
     seconds = time.monotonic() - started
     _raise_if_failed(reports)
-    posts = stage.engine.count_requests("POST", UPDATE_PATH) - posts_before
+    posts = stage.engine.count_requests("POST", UPDATE_PATH) - posts_before - greetings
     tokens = stage.http.generate(_PROMPT, _NUM_TOKENS)
     stage.seen[step.label] = Shown(tokens, stage.http.rank_checksums())
     stage.report.update(step.label, tokens, reports[0], posts, seconds)
