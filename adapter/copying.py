@@ -1,6 +1,6 @@
 """Many tensors written into as many others, with few launches and at the memory's speed.
 
-Imports torch and the standard library alone: SGLang's schedulers use it as well as trainers. Invariant: nothing is
+Called in every trainer rank, for staging. Invariant: nothing is
 recorded for autograd, and each destination keeps its dtype, strides and device.
 """
 

@@ -168,7 +168,7 @@ _LAYER = re.compile(r"(^|\.)model\.(language_model\.)?layers\.(?P<number>\d{1,9}
 
 
 def _compare(sent: Mapping[str, KnownTensor], reference: Reference, allow: Allowance) -> Iterator[Finding]:
-    may_be_unknown, may_be_missing = _matcher(allow.unknown), _matcher(allow.missing)
+    may_be_unknown, may_be_missing = matcher(allow.unknown), matcher(allow.missing)
     known, source = reference.tensors, reference.source
     unknown = [n for n in sent if n not in known and not reference.is_optional(n) and not may_be_unknown(n)]
     if unknown:
@@ -316,7 +316,7 @@ def _allowed_absences(sent: Container[str], reference: Reference | None, allow: 
     """Tensors that are left out on purpose; the others that are missing have a finding of their own."""
     if reference is None or not allow.missing:
         return []
-    allowed = _matcher(allow.missing)
+    allowed = matcher(allow.missing)
     return [n for n in reference.tensors if n not in sent and not _may_miss(n, reference) and allowed(n)]
 
 
@@ -366,7 +366,8 @@ def _draft(sent: Container[str], reference: Reference) -> Iterator[str]:
         )
 
 
-def _matcher(allowed: tuple[str, ...]) -> Callable[[str], bool]:
+def matcher(allowed: tuple[str, ...]) -> Callable[[str], bool]:
+    """Whether a name is one of an allowance's, or matches one of its patterns."""
     # What fnmatchcase does, but compiled once: its own cache is too small for a client's long list.
     exact = frozenset(allowed)
     patterns = [translate(entry) for entry in allowed if any(sign in entry for sign in "*?[")]

@@ -16,11 +16,11 @@ import json
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from fnmatch import fnmatchcase
 
 from sidecar import refusals
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import EngineLost, EngineRefused, EngineUnreachable, Reason
+from sidecar.manifest_check import matcher
 from sidecar.memory import CudaIpcMemory, Memory, is_kept
 from sidecar.payload import BucketPayload, replay_entry
 from sidecar.update import Header, LoadPath, PauseMode, Update
@@ -189,9 +189,6 @@ def _words(update: Update, payload: BucketPayload, memory: Memory | None, *, in_
     if in_full:
         tensors = payload.tensors
         words["tensors"] = [[tensor.name, tensor.dtype, tensor.shape, tensor.byte_offset] for tensor in tensors]
-        words["skippable"] = [
-            tensor.name
-            for tensor in tensors
-            if any(fnmatchcase(tensor.name, pattern) for pattern in update.header.allow.unknown)
-        ]
+        may_be_skipped = matcher(update.header.allow.unknown)
+        words["skippable"] = [tensor.name for tensor in tensors if may_be_skipped(tensor.name)]
     return words

@@ -19,7 +19,7 @@ from adapter.replay.copies import Copies
 from adapter.replay.header import Ask, Header
 from adapter.replay.kept import KeptRegions, Region
 from adapter.replay.plan import Piece, Plan, Trust, plan_of
-from adapter.replay.reachable import ModelTensors, hash_of
+from adapter.replay.reachable import ModelTensors, flat_of, hash_of
 from adapter.replay.recorder import Recorder, Recording, SourceTensor
 from adapter.replay.verdict import Outcome
 
@@ -66,7 +66,8 @@ class Replayer:
         kept = self._kept.get(said.lease)
         if kept is not None or not flat.numel():
             return kept
-        return self._kept.keep(said.lease, _whole(flat) if said.lease else flat)
+        # All of the region: another bucket in it may need more than this one.
+        return self._kept.keep(said.lease, flat_of(flat) if said.lease else flat)
 
     def _load(self, model: torch.nn.Module, said: Header, region: Region) -> Answer:
         region.wait_for(said.event)
@@ -96,8 +97,8 @@ class Replayer:
                 return Outcome.FELL_BACK, plan.why
 
     def _record(self, model: torch.nn.Module, said: Header, region: Region) -> Answer:
-        plan = _recorded(model, said, region.flat)
-        if ModelTensors(model).has(region.flat):
+        plan, is_held = _recorded(model, said, region.flat)
+        if is_held:
             self._kept.give_up(said.lease)
         self._plans[plan.digest] = plan
         while len(self._plans) > self._most_plans:
@@ -108,13 +109,8 @@ class Replayer:
         return Outcome.RECORDED, "its first update is recorded"
 
 
-def _whole(flat: torch.Tensor) -> torch.Tensor:
-    """The whole region that a bucket lies at the beginning of: another one may need more of it."""
-    return torch.empty(0, dtype=torch.uint8, device=flat.device).set_(flat.untyped_storage())
-
-
-def _recorded(model: torch.nn.Module, said: Header, flat: torch.Tensor) -> Plan:
-    """The model loads the bucket, and is observed."""
+def _recorded(model: torch.nn.Module, said: Header, flat: torch.Tensor) -> tuple[Plan, bool]:
+    """The model loads the bucket, and is observed; also whether it holds on to the bucket's memory."""
     before, recording = ModelTensors(model), Recording()
     views = [(part.name, part.view_in(flat)) for part in said.parts]
     marked: list[tuple[str, torch.Tensor]] = [(name, SourceTensor.of(view, recording)) for name, view in views]
@@ -128,7 +124,7 @@ def _recorded(model: torch.nn.Module, said: Header, flat: torch.Tensor) -> Plan:
     after = ModelTensors(model)
     if after.has(flat):
         _load_weights(model, views)  # what it keeps must be an ordinary tensor
-    return plan_of(model, said, flat, recording, before, after)
+    return plan_of(model, said, flat, recording, before, after), after.has(flat)
 
 
 def _prove(model: torch.nn.Module, plan: Plan, region: Region) -> Answer:

@@ -16,7 +16,9 @@ from adapter.planner import plan
 from adapter.staging import view_of
 from benchmarks.byte_counter import ByteCounter
 from sidecar.v1 import weight_sync_pb2 as pb
+from tests.fakes.replay import ReplayScript
 from tests.integration.conftest import StartPair
+from tests.integration.support import LOAD
 
 FEW, MANY = 10, 10_000
 REPEATS = 5
@@ -89,4 +91,14 @@ def test_a_known_manifest_of_ten_thousand_tensors_costs_little_more_than_one_of_
     assert ratio <= GROWTH
 
 
-# TODO(lead): the replay loader's POST is as long for MANY tensors as for FEW, once both are known.
+def test_the_posts_of_a_known_manifest_are_as_long_for_many_tensors_as_for_few(start: StartPair) -> None:
+    pair = start(tp_size=1, replay=ReplayScript())
+    posted = []
+    for num_tensors in (FEW, 1_000):
+        with updates(pair.target, num_tensors) as update:
+            update()
+            pair.mark()
+            update()
+        (body,) = pair.bodies(LOAD)
+        posted.append(len(body["serialized_named_tensors"][0]))
+    assert abs(posted[0] - posted[1]) < 32, posted

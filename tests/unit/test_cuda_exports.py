@@ -2,6 +2,7 @@
 
 import secrets
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from adapter.errors import MemoryNotExportable
 from adapter.exports import TORCH_HEADER_BYTES, CudaExport, _CudaLoan
-from adapter.lease import KeptUnder
+from adapter.lease import KeptUnder, Lease
 from sidecar.v1 import weight_sync_pb2 as pb
 
 
@@ -29,8 +30,6 @@ class Export(CudaExport):
         return int(value)
 
     def _new_loan(self) -> _CudaLoan:
-        from adapter.lease import Lease
-
         self._lease, self._asked_back = Lease(), False
         self.set_counter(1)
         handle = pb.CudaIpcHandle(ref_counter_handle=f"/{self.counter.name}", lease=self._lease.name)
@@ -48,7 +47,7 @@ class Export(CudaExport):
 
 
 @pytest.fixture
-def export() -> Export:  # type: ignore[misc]
+def export() -> Iterator[Export]:
     made = Export()
     yield made
     made.counter.unlink(missing_ok=True)
