@@ -22,6 +22,8 @@ MAX_NAME = 128
 MAX_CONFIG_BYTES = 64 << 10
 MAX_RANK = 1 << 16
 MAX_ALPHA = 1e9
+MAX_SHOWN = 256
+"""Characters of a caller's value in a message."""
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -71,12 +73,12 @@ def parse(config_json: str, *, name: str, pinned: bool, replace: bool, rank: int
     check_name(name, f"rank {rank}")
     config = _object(config_json, rank)
     if str(config.get("peft_type", "")).upper() != "LORA":
-        raise _invalid(rank, f"peft_type is {config.get('peft_type')!r}; SGLang serves LORA only")
+        raise _invalid(rank, f"peft_type is {_shown(config.get('peft_type'))}; SGLang serves LORA only")
     for key in _NEVER_SET:
         if config.get(key):
             raise _invalid(rank, f"{key} is set, which SGLang does not know; leave it out, or send merged weights")
     if config.get("bias") not in (None, "none"):
-        raise _invalid(rank, f"bias is {config['bias']!r}; SGLang serves adapters without biases only")
+        raise _invalid(rank, f"bias is {_shown(config['bias'])}; SGLang serves adapters without biases only")
     r, alpha = _rank_and_alpha(config, rank)
     modules = _modules(config.get("target_modules"), rank)
     return AdapterSpec(name=name, r=r, alpha=alpha, target_modules=modules, pinned=pinned, replace=replace)
@@ -114,7 +116,11 @@ def check_model(manifest: Manifest, known: Mapping[str, KnownTensor], rank: int)
         elif not there & {sent, sent[::-1]}:
             base = " or ".join(str(list(shape)) for shape in sorted(there))
             raise _invalid(rank, f"{module}: the adapter is for {list(sent)}, but the model's weight is {base}")
-    return [f"shapes not checked, since the checkpoint has no weight of {', '.join(unknown)}"] if unknown else []
+    return (
+        [f"shapes not checked, since the checkpoint has no weight of {', '.join(unknown)[:MAX_SHOWN]}"]
+        if unknown
+        else []
+    )
 
 
 def _object(text: str, rank: int) -> dict[str, Any]:
@@ -132,17 +138,20 @@ def _object(text: str, rank: int) -> dict[str, Any]:
 def _rank_and_alpha(config: Mapping[str, Any], rank: int) -> tuple[int, float]:
     r, alpha = config.get("r"), config.get("lora_alpha")
     if type(r) is not int or not 1 <= r <= MAX_RANK:
-        raise _invalid(rank, f"r must be a whole number of at least 1, not {str(r)[:32]}")
+        raise _invalid(rank, f"r must be a whole number of at least 1, not {_shown(r)}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= MAX_ALPHA:
-        raise _invalid(rank, f"lora_alpha must be a number, not {str(alpha)[:32]}")
+        raise _invalid(rank, f"lora_alpha must be a number, not {_shown(alpha)}")
     # SGLang always scales by alpha / r; rank-stabilised LoRA by alpha / sqrt(r).
     return r, alpha * math.sqrt(r) if config.get("use_rslora") else alpha
 
 
 def _modules(listed: object, rank: int) -> tuple[str, ...]:
     if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name for name in listed):
-        problem = f"target_modules must be a list of module names, not {str(listed)[:64]!r}"
+        problem = f"target_modules must be a list of module names, not {_shown(listed)}"
         raise _invalid(rank, f"{problem}; a peft model's own config lists them once the adapter is made")
+    if odd := [name for name in listed if len(name) > MAX_NAME or not name.isprintable()]:
+        problem = f"a module name must be 1 to {MAX_NAME} printable characters, not {odd[0][:MAX_NAME]!r}"
+        raise _invalid(rank, f"target_modules: {problem}")
     return tuple(sorted(set(listed)))
 
 
@@ -163,7 +172,7 @@ def _check_module(module: str, listed: set[str], rank: int) -> None:
         raise _invalid(rank, f"module {module} is in no layer (layers.N.), so SGLang would skip it")
     leaf = module.rpartition(".")[2]
     if leaf not in listed:
-        raise _invalid(rank, f"module {module} is not among target_modules ({', '.join(sorted(listed))})")
+        raise _invalid(rank, f"module {module} is not among target_modules ({', '.join(sorted(listed))[:MAX_SHOWN]})")
 
 
 def _check_factors(module: str, factors: Mapping[str, TensorSpec], r: int, rank: int) -> None:
@@ -198,6 +207,11 @@ def _shapes(known: Mapping[str, KnownTensor]) -> dict[str, set[tuple[int, ...]]]
 def _place(module: str) -> str:
     found = _PLACE.search(module)
     return found[2] if found else ""
+
+
+def _shown(value: object) -> str:
+    """On one line, and without what UTF-8 cannot carry, which JSON can."""
+    return repr(value)[:MAX_SHOWN]
 
 
 def _invalid(rank: int, problem: str) -> InvalidRequest:

@@ -13,6 +13,9 @@ from math import prod
 from sidecar.errors import InvalidRequest, Reason
 
 MAX_NAME_LENGTH = 1024
+MAX_SIZES_SHOWN = 256
+MAX_DIMENSIONS = 64
+"""More than any operation of torch's takes; and a product of more is work in itself."""
 
 # Bytes per element, by torch's name. All are in the unpickling allow-list of SGLang 0.5.21 and later
 # (srt/utils/common.py) and under the allowed prefix "torch." before that.
@@ -116,7 +119,7 @@ def first_difference(first: Manifest, second: Manifest) -> str:
     if counts[0] != counts[1]:
         return f"{counts[0]} tensors against {counts[1]}"
     sizes = [[bucket.size_bytes for bucket in manifest.buckets] for manifest in (first, second)]
-    return f"buckets of {sizes[0]} bytes against {sizes[1]}"
+    return f"buckets of {str(sizes[0])[:MAX_SIZES_SHOWN]} bytes against {str(sizes[1])[:MAX_SIZES_SHOWN]}"
 
 
 def _check_bucket(bucket: BucketSpec, index: int, rank: int) -> None:
@@ -141,12 +144,17 @@ def _check_tensor(tensor: TensorSpec, bucket: BucketSpec, index: int, rank: int)
     if item_size is None:
         known = ", ".join(ITEM_SIZES)
         raise _invalid(rank, index, tensor, f"unknown dtype {tensor.dtype}; this sidecar knows {known}")
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        problem = f"its shape has {len(tensor.shape)} dimensions; at most {MAX_DIMENSIONS} are possible"
+        raise _invalid(rank, index, tensor, problem)
     if any(size < 0 for size in tensor.shape):
         raise _invalid(rank, index, tensor, f"shape {list(tensor.shape)} has a negative dimension")
     expected = prod(tensor.shape) * item_size
     if tensor.size_bytes != expected:
         shape = f"shape {list(tensor.shape)} of {tensor.dtype}"
         raise _invalid(rank, index, tensor, f"{shape} takes {expected} bytes, but size_bytes is {tensor.size_bytes}")
+    if prod(filter(None, tensor.shape)) >= 1 << 63:  # torch multiplies before it meets a 0, and raises
+        raise _invalid(rank, index, tensor, f"shape {list(tensor.shape)} is more than torch can count")
     if tensor.byte_offset % item_size:
         problem = f"byte_offset {tensor.byte_offset} is not a multiple of the element size {item_size}"
         raise _invalid(rank, index, tensor, problem)

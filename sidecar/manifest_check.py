@@ -366,11 +366,16 @@ def _draft(sent: Container[str], reference: Reference) -> Iterator[str]:
         )
 
 
+def is_pattern(entry: str) -> bool:
+    """Whether an allowance's entry stands for more than the name that it spells."""
+    return any(sign in entry for sign in "*?[")
+
+
 def matcher(allowed: tuple[str, ...]) -> Callable[[str], bool]:
     """Whether a name is one of an allowance's, or matches one of its patterns."""
     # What fnmatchcase does, but compiled once: its own cache is too small for a client's long list.
     exact = frozenset(allowed)
-    patterns = [translate(entry) for entry in allowed if any(sign in entry for sign in "*?[")]
+    patterns = [translate(entry) for entry in allowed if is_pattern(entry)]
     pattern = re.compile("|".join(patterns)) if patterns else None
     return lambda name: name in exact or (pattern is not None and pattern.match(name) is not None)
 

@@ -24,6 +24,9 @@ COUNTER_BYTES = 8
 SHARED_COUNT_BYTES = 4
 WITH_THE_ENGINES_SHARE = 2
 STORAGE_ALIGNMENT = 16  # torch's allocator cuts blocks at multiples of 512
+MAX_STORAGE_BYTES = (1 << 63) - 1
+MAX_COUNTERS = 1 << 31  # torch's files have 10,000
+MAX_SOCKET_PATH = 107  # Linux: sun_path has 108 bytes, the last of them 0
 EXPANDABLE_HEADER_BYTES = 26
 CUDA_HANDLE_BYTES = 64
 CUDA_MALLOC, CUDA_EXPANDABLE_SEGMENT = ord("c"), ord("e")
@@ -119,6 +122,8 @@ def check(memory: Memory, needed_bytes: int, where: str, *, here: bool = True) -
                 _check_shared(memory, where)
             if here:
                 _check_manager(memory, where)
+            else:
+                _check_size_and_manager(memory, where)
 
 
 def is_seen(memory: Memory) -> bool:
@@ -166,13 +171,15 @@ def _check_cuda(memory: CudaIpcMemory, where: str) -> None:
         raise _invalid(where, f"event_handle has {length} bytes instead of {EVENT_HANDLE_BYTES}")
     if (
         memory.storage_offset_bytes % STORAGE_ALIGNMENT
-        or max(memory.storage_offset_bytes, memory.size_bytes) >= 1 << 63
+        or max(memory.storage_offset_bytes, memory.size_bytes) > MAX_STORAGE_BYTES
     ):
         problem = f"storage_offset_bytes {memory.storage_offset_bytes} and storage_size_bytes {memory.size_bytes} are "
         raise _invalid(where, problem + f"no place in memory; the offset must be a multiple of {STORAGE_ALIGNMENT}")
     if not GPU_UUID.fullmatch(memory.device_uuid):
         raise _invalid(where, f"device_uuid {memory.device_uuid[:64]!r} is not a GPU's UUID")
     _check_name(memory.ref_counter_handle, "reference counters", where)
+    if memory.ref_counter_offset >= MAX_COUNTERS:
+        raise _invalid(where, f"ref_counter_offset {memory.ref_counter_offset} is past the end of any counters' file")
     if memory.ready_event and len(memory.ready_event) != EVENT_HANDLE_BYTES:
         raise _invalid(where, f"ready_event has {len(memory.ready_event)} bytes instead of {EVENT_HANDLE_BYTES}")
     if (memory.lease or memory.kept) and not LEASE.fullmatch(memory.lease):
@@ -214,6 +221,16 @@ def _check_manager(memory: SharedMemory, where: str) -> None:
     if not _is_socket(memory.manager_path):
         problem = f"cannot see torch_shm_manager's socket {memory.manager_path[:128]!r}"
         raise _invalid(where, f"{problem}; trainer and engine must share the temporary directory")
+
+
+def _check_size_and_manager(memory: SharedMemory, where: str) -> None:
+    """Of another host: a size that no memory has and a path that no socket has raise in the engine anywhere."""
+    if memory.size_bytes > MAX_STORAGE_BYTES:
+        raise _invalid(where, f"size_bytes {memory.size_bytes} is no memory's")
+    path = memory.manager_path
+    if not path.isprintable() or not 0 < len(path.encode()) <= MAX_SOCKET_PATH:
+        problem = f"manager_path {path[:128]!r} must be 1 to {MAX_SOCKET_PATH} printable bytes, as the path of a socket"
+        raise _invalid(where, problem)
 
 
 def _check_name(name: str, what: str, where: str) -> None:

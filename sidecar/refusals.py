@@ -21,13 +21,17 @@ from sidecar.errors import (
     UpdateConflict,
     UpdateFailed,
 )
-from sidecar.update import Header, Phase, Update
+from sidecar.update import MAX_TEXT, Header, Phase, Update
 
 UNTOUCHED = "the engine was not touched and serves the old weights"
+MAX_REASON = 500
+"""Characters of a rank's own words: they are told to all ranks, logged, and kept."""
+MAX_LISTED = 20
 
 
 def unknown_update(update_id: str, kept: int) -> NotKnown:
     """No such id."""
+    update_id = update_id[:MAX_TEXT]
     message = f"update {update_id!r} is not among the last {kept}; was the sidecar restarted since?"
     return NotKnown(Reason.UPDATE_UNKNOWN, message, updateId=update_id)
 
@@ -46,7 +50,8 @@ def no_such_bucket(update: Update, rank: int, bucket: int) -> InvalidRequest:
 
 def unpushed_buckets(update: Update, rank: int, buckets: list[int]) -> InvalidRequest:
     """A commit that came too early."""
-    message = f"rank {rank} commits update {update.id!r} without having pushed buckets {buckets}"
+    which = f"{buckets[:MAX_LISTED]}" + (f" and {len(buckets) - MAX_LISTED} more" if len(buckets) > MAX_LISTED else "")
+    message = f"rank {rank} commits update {update.id!r} without having pushed buckets {which}"
     return InvalidRequest(Reason.EMPTY_UPDATE, message, rank=rank, updateId=update.id)
 
 
@@ -58,7 +63,8 @@ def not_abortable(update: Update) -> UnsuitableEngine:
 
 def aborted_by(update: Update, rank: int, why: str) -> UpdateConflict:
     """A rank's own wish."""
-    message = f"rank {rank} aborted update {update.id!r}: {why or 'no reason given'}"
+    why = _one_line(why) or "no reason given"
+    message = f"rank {rank} aborted update {update.id!r}: {why}"
     return UpdateConflict(Reason.UPDATE_ABORTED, message, rank=rank, updateId=update.id)
 
 
@@ -316,3 +322,9 @@ def defect(update: Update, bug: Exception) -> UpdateFailed:
     """Our own mistake, without its text."""
     message = f"update {update.id!r} broke off by a defect in the sidecar ({type(bug).__name__}); see its log"
     return UpdateFailed(Reason.UPDATE_FAILED, message, updateId=update.id, numPosted=update.num_posted)
+
+
+def _one_line(text: str) -> str:
+    """A rank's own words, so that they stay one sentence among others."""
+    words = " ".join(text[: 2 * MAX_REASON].split())[:MAX_REASON]
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in words)

@@ -87,7 +87,7 @@ def parse(text: object) -> Header:
         if set(said) - KEYS:
             raise ValueError(f"it has the unknown fields {sorted(set(said) - KEYS)}")
         header = _header(said)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"the sidecar's header cannot be read ({type(error).__name__}: {error})") from error
     if header.parts and digest_of(header) != header.digest:
         raise ValueError("the manifest in the header is not the one that its digest names")
