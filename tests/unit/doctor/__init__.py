@@ -1,0 +1,1 @@
+"""Tests of `sidecar.doctor`, on planted hosts."""
