@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install engines fmt lint types proto proto-check proto-baseline demo test test-fast faults soak test-gpu bench bench-gpu check clean
+.PHONY: help install engines fmt lint types proto proto-check proto-baseline demo docs test test-fast fuzz deploy-check audit faults soak test-gpu bench bench-gpu check clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,12 @@ proto-check: install  ## generated code is current, and the contract keeps its p
 proto-baseline: install  ## freeze the contract as of this version: once per release
 	buf build --exclude-source-info --output proto/baseline/v$(VERSION).binpb
 
+audit: install  ## a bill of materials of the base install (dist/sbom.json), and known vulnerabilities in it
+	./deploy/audit.sh
+
+docs: install  ## regenerate docs/configuration.md from the settings' table
+	python -m tests.docs_table
+
 demo: install  ## a real server, the sidecar and two trainer processes, on the CPU or on GPUs
 	sglang-weight-sync demo
 
@@ -77,6 +83,12 @@ test: install engines  ## every test that needs no GPU, with real servers on the
 
 test-fast: install  ## without the real servers
 	pytest tests -m "not gpu and not e2e and not faults and not soak" --ignore=tests/e2e
+
+fuzz: install  ## a million hostile requests, and payloads read by SGLang's own unpickler (20 minutes)
+	python -m tests.fuzz --requests 1000000 --seed 1 --processes 2
+
+deploy-check: install  ## deploy/ by promtool, systemd, docker compose and kubectl, each where it is installed
+	deploy/check.sh
 
 faults: install engines  ## every cell of the fault matrix, and 10,000 random schedules of the coordinator
 	WEIGHT_SYNC_SCHEDULES=10000 pytest tests/model --timeout 3000

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from adapter.client import WeightSyncClient
+    from adapter.credentials import Credentials
     from adapter.errors import (
         EngineUnreachable,
         IncompatibleSidecar,
         LaunchError,
         MemoryNotExportable,
+        NotAllowed,
         RanksMissing,
         SidecarUnreachable,
         UpdateAborted,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from adapter.wire import UpdateResult
 
 __all__ = [
+    "Credentials",
     "EngineUnreachable",
     "GenerateClient",
     "Generation",
@@ -39,6 +42,7 @@ __all__ = [
     "LaunchError",
     "MemoryNeed",
     "MemoryNotExportable",
+    "NotAllowed",
     "RanksMissing",
     "SidecarUnreachable",
     "TensorSpec",
@@ -54,6 +58,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Credentials": "adapter.credentials",
     "EngineUnreachable": "adapter.errors",
     "GenerateClient": "adapter.generate",
     "Generation": "adapter.generate",
@@ -61,6 +66,7 @@ _HOMES = {
     "LaunchError": "adapter.errors",
     "MemoryNeed": "adapter.outgoing",
     "MemoryNotExportable": "adapter.errors",
+    "NotAllowed": "adapter.errors",
     "RanksMissing": "adapter.errors",
     "SidecarUnreachable": "adapter.errors",
     "TensorSpec": "adapter.planner",

@@ -20,6 +20,7 @@ import torch
 from adapter import wire
 from adapter.bucketed import Buckets
 from adapter.checks import refuse_forked_cuda
+from adapter.credentials import NO_CREDENTIALS, Credentials
 from adapter.errors import EngineUnreachable, UpdateRefused, WeightSyncError
 from adapter.exports import Export
 from adapter.fusion import DEFAULT_RULES, compile_rules
@@ -29,7 +30,7 @@ from adapter.outgoing import MemoryNeed, Outgoing, Planner, WholeTensors
 from adapter.planner import Plan, TensorSpec, plan
 from adapter.resident import Residents
 from adapter.sending import UpdateSender
-from adapter.sidecar_stub import SidecarStub
+from adapter.sidecar_stub import RESTART_PATIENCE_S, SidecarStub
 from adapter.sources.lazy import NamedTensors
 from adapter.staging import DEFAULT_BUFFERS, StagingBuffers
 from adapter.wire import UpdateResult
@@ -60,6 +61,8 @@ class WeightSyncClient:
         fused_groups: further tensors that must travel together, as regular expressions (``adapter.fusion``).
         allow_expandable_segments: with ``in_place``, whether memory of expandable segments may be exported: only
             where the engine was seen to open it.
+        credentials: for a sidecar with TLS or tokens.
+        restart_patience: seconds that an update waits for a sidecar that was there before and is being restarted.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class WeightSyncClient:
         device: torch.device | str | None = None,
         fused_groups: Sequence[str] = (),
         allow_expandable_segments: bool = False,
+        credentials: Credentials = NO_CREDENTIALS,
+        restart_patience: float = RESTART_PATIENCE_S,
     ) -> None:
         if not 0 <= rank < tp_size:
             raise ValueError(f"rank {rank} is outside 0..{tp_size - 1}")
@@ -81,7 +86,9 @@ class WeightSyncClient:
         self.bucket_bytes = bucket_bytes
         self._device = torch.device(device) if device is not None else None
         self._rules = (*DEFAULT_RULES, *compile_rules(fused_groups))
-        self._stub = SidecarStub(target)
+        self._stub = SidecarStub(target, credentials, restart_patience)
+        self._update_timeout = 0.0
+        """Of the update in hand."""
         self._buffers = StagingBuffers(staging_buffers)
         self._planner = Planner(bucket_bytes, self._rules)
         self._residents = Residents(allow_expandable_segments, self._rules)
@@ -139,6 +146,7 @@ class WeightSyncClient:
             WeightSyncError: see ``adapter.errors`` for what each kind says about the engine.
             ValueError: a tensor, name, dtype or option that cannot be sent; nothing was.
         """
+        self._update_timeout = timeout
         header = pb.UpdateHeader(
             update_id=update_id or version,
             weight_version=version,
@@ -401,13 +409,13 @@ class WeightSyncClient:
     def _engine(self) -> pb.EngineInfo:
         """The engine, once what an earlier update has left out is taken back.
 
-        After an update that went well and left nothing out it is not asked for while the sidecar stays connected.
+        After an update that went well and left nothing out it is not asked for: sending tells what has changed.
         """
         went_well, self._all_went_well = self._all_went_well, False
         nothing_left = not self._ledger.unreleased_bytes
-        if went_well and nothing_left and self._stub.is_connected and self._engine_seen is not None:
+        if went_well and nothing_left and self._engine_seen is not None:
             return self._engine_seen
-        status = self._stub.status()
+        status = self._stub.across_restarts(lambda _: self._stub.status(), self._update_timeout)
         if not status.HasField("engine"):
             raise EngineUnreachable(f"the sidecar at {self._stub.target} waits for its engine: {status.reason}")
         self._revisit(status)

@@ -3,6 +3,7 @@
     WeightSyncError
       x LaunchError            a process that was started here did not come up, or died; carries the end of its log
       x SidecarUnreachable     nobody answers at the target, or the sidecar is stopping
+      x NotAllowed             its token or certificate is not one that the sidecar lets do this
       x IncompatibleSidecar    the sidecar is older than this adapter and cannot do what was asked
       x EngineUnreachable      the sidecar is there, its SGLang server is not
       x UpdateRefused          the request is wrong, or does not fit the engine; nothing was touched
@@ -24,6 +25,9 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_status import rpc_status
 
 ERROR_DOMAIN = "sglang-weight-sync"
+# gRPC's words for a call that it had no connection for (seen in 1.81 to 1.85).
+NOT_CONNECTED = "failed to connect to all addresses"
+STOPPED = "stopped before it took this call"
 
 
 class WeightSyncError(Exception):
@@ -42,6 +46,15 @@ class LaunchError(WeightSyncError):
 
 class SidecarUnreachable(WeightSyncError):
     """Nobody answers at the target, or the sidecar is stopping."""
+
+    @property
+    def took_nothing(self) -> bool:
+        """Whether the sidecar surely took nothing of the call, so that it may be made again."""
+        return self.reason == "DRAINING" or NOT_CONNECTED in str(self) or STOPPED in str(self)
+
+
+class NotAllowed(WeightSyncError):
+    """The sidecar does not know this caller's token or certificate, or lets it only look."""
 
 
 class IncompatibleSidecar(WeightSyncError):
@@ -94,6 +107,9 @@ _BY_REASON: dict[str, type[WeightSyncError]] = {
 }
 _BY_CODE: dict[grpc.StatusCode, type[WeightSyncError]] = {
     grpc.StatusCode.UNAVAILABLE: SidecarUnreachable,
+    grpc.StatusCode.CANCELLED: SidecarUnreachable,
+    grpc.StatusCode.UNAUTHENTICATED: NotAllowed,
+    grpc.StatusCode.PERMISSION_DENIED: NotAllowed,
     grpc.StatusCode.UNIMPLEMENTED: IncompatibleSidecar,
     grpc.StatusCode.ABORTED: UpdateAborted,
     grpc.StatusCode.INVALID_ARGUMENT: UpdateRefused,
@@ -104,6 +120,8 @@ _BY_CODE: dict[grpc.StatusCode, type[WeightSyncError]] = {
 }
 _SENTENCES = {
     grpc.StatusCode.UNAVAILABLE: "the sidecar at {target} cannot be reached ({details}); is it running?",
+    # By a server that stops, for a call that had just come in: one that was taken is answered before.
+    grpc.StatusCode.CANCELLED: f"the sidecar at {{target}} {STOPPED}",
     grpc.StatusCode.UNIMPLEMENTED: "the sidecar at {target} is older than this adapter: {details}; upgrade it",
     grpc.StatusCode.DEADLINE_EXCEEDED: "the sidecar at {target} did not answer in time ({details})",
 }

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 
 import torch
 
-from adapter.errors import IncompatibleSidecar, UpdateFailed, UpdateRefused, UpdateStillApplying, WeightSyncError
+from adapter.errors import (
+    IncompatibleSidecar,
+    SidecarUnreachable,
+    UpdateFailed,
+    UpdateRefused,
+    UpdateStillApplying,
+    WeightSyncError,
+)
 from adapter.exports import Export
 from sidecar.v1 import weight_sync_pb2 as pb
 
@@ -123,6 +130,8 @@ def _never_seen(error: WeightSyncError, bucket: int) -> bool:
         return error.num_posted is not None and bucket >= error.num_posted
     if isinstance(error, UpdateRefused | IncompatibleSidecar):
         return True  # also where gRPC itself refused: too large, or a sidecar without that call
+    if isinstance(error, SidecarUnreachable) and error.took_nothing:
+        return True
     return bool(error.reason) and not isinstance(error, UpdateStillApplying)
 
 

@@ -64,7 +64,9 @@ class UpdateSender:
         method = self._stub.rpc.UpdateWeights
         self._ledger.hold(export, header.update_id, 0)
         try:
-            outcome = self._known.call(self._stub, method, request, buckets.plan, timeout_s).outcome
+            outcome = self._stub.across_restarts(
+                lambda left_s: self._known.call(self._stub, method, request, buckets.plan, left_s), timeout_s
+            ).outcome
         except WeightSyncError as error:
             self._ledger.failed(export, 0, error)
             raise

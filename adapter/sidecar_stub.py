@@ -5,10 +5,13 @@ Invariant: nothing but ``adapter.errors`` leaves, and no call waits longer than 
 
 import os
 import time
-from typing import Protocol, TypeVar
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, TypeVar
 
 import grpc
 
+from adapter import traces
+from adapter.credentials import NO_CREDENTIALS, Credentials
 from adapter.errors import EngineUnreachable, IncompatibleSidecar, SidecarUnreachable, from_rpc_error
 from sidecar.v1 import weight_sync_pb2 as pb
 from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
@@ -17,55 +20,73 @@ QUERY_TIMEOUT_S = 10.0
 # A proxy from the environment must not see calls that stay on this host.
 NO_PROXY = (("grpc.enable_http_proxy", 0),)
 READY_POLL_S = 0.2
+RESTART_PATIENCE_S = 30.0
 
+Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 Request = TypeVar("Request", contravariant=True)
+Answer = TypeVar("Answer")
 Response = TypeVar("Response", covariant=True)
 
 
 class Method(Protocol[Request, Response]):
     """A unary method of the generated stub."""
 
-    def __call__(self, request: Request, /, timeout: float | None = None) -> Response:
+    def __call__(self, request: Request, /, timeout: float | None = None, metadata: Metadata | None = None) -> Response:
         """Call it and wait."""
 
 
 class SidecarStub:
     """The channel of one process to one sidecar; the trainer's thread opens it at its first call."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(
+        self,
+        target: str,
+        credentials: Credentials = NO_CREDENTIALS,
+        restart_patience_s: float = RESTART_PATIENCE_S,
+    ) -> None:
         self.target = target
+        self._credentials = credentials
+        self._patience_s = restart_patience_s
+        self._answered = False
+        """Whether the sidecar ever did: one that never has is not waited for."""
         self._channel: grpc.Channel | None = None
         self._rpc: pb_grpc.WeightSyncServiceStub | None = None
         self._pid = 0
-        self._connectivity: grpc.ChannelConnectivity | None = None
         self._capabilities: pb.GetCapabilitiesResponse | None = None
 
     @property
     def rpc(self) -> pb_grpc.WeightSyncServiceStub:
         """The generated stub. gRPC does not survive a fork, so a child gets a channel of its own."""
         if self._rpc is None or self._pid != os.getpid():
-            self._channel = grpc.insecure_channel(self.target, options=NO_PROXY)
-            self._connectivity = None
-            self._channel.subscribe(self._connectivity_changed)
+            self._channel = self._credentials.channel(self.target, NO_PROXY)
             self._rpc = pb_grpc.WeightSyncServiceStub(self._channel)
             self._pid = os.getpid()
         return self._rpc
 
-    @property
-    def is_connected(self) -> bool:
-        """Whether the sidecar was there a moment ago; without asking it."""
-        return self._connectivity is grpc.ChannelConnectivity.READY and self._pid == os.getpid()
-
-    def _connectivity_changed(self, state: grpc.ChannelConnectivity) -> None:
-        """Called by a thread of gRPC's."""
-        self._connectivity = state
-
     def call(self, method: Method[Request, Response], request: Request, timeout_s: float) -> Response:
         """One call with a deadline; raises ``WeightSyncError``."""
         try:
-            return method(request, timeout=timeout_s)
+            response = method(request, timeout=timeout_s, metadata=traces.metadata())
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.target) from error
+        self._answered = True
+        return response
+
+    def across_restarts(self, call: Callable[[float], Answer], timeout_s: float) -> Answer:
+        """``call``, given the seconds that are left; made again while the sidecar is being restarted.
+
+        Only where the sidecar took nothing of it. Raises what ``call`` raises.
+        """
+        started = time.monotonic()
+        patience_s = min(self._patience_s, timeout_s)
+        while True:
+            try:
+                return call(started + timeout_s - time.monotonic())
+            except SidecarUnreachable as error:
+                waited_s = time.monotonic() - started
+                if not (self._answered and error.took_nothing) or waited_s + READY_POLL_S > patience_s:
+                    raise
+            time.sleep(READY_POLL_S)
 
     def status(self) -> pb.GetStatusResponse:
         """What the sidecar is doing."""

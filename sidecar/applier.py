@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from math import inf
 from typing import Protocol
 
 from sidecar import fate, refusals
@@ -34,6 +35,7 @@ from sidecar.errors import (
 from sidecar.memory import is_kept
 from sidecar.payload import LOAD_FORMAT, REPLAY_FORMAT, BucketPayload
 from sidecar.replay import Replay
+from sidecar.tracing import Spans
 from sidecar.update import LoadPath, PauseMode, Phase, Selector, Update, UpdateState, Verification
 from sidecar.verification import Verifier
 
@@ -110,12 +112,14 @@ class Applier:
         about_to_write: Callable[[Update], None],
         changed: Callable[[], None],
         replay: Replay,
+        spans: Spans,
     ) -> None:
         self._engine = engine
         self._wait_for_bucket = wait_for_bucket
         self._about_to_write = about_to_write
         self._changed = changed
         self._replay = replay
+        self._spans = spans
         self._verifier = Verifier()
 
     async def apply(self, update: Update, payloads: Sequence[BucketPayload], *, dirty: bool) -> None:
@@ -123,6 +127,12 @@ class Applier:
 
         ``dirty``: the engine holds mixed weights from before, so it must not generate if this breaks off too.
         """
+        collected = update.started + update.phase_seconds.get(Phase.COLLECT, 0.0)
+        with self._spans.update(update.trace, update.log_fields, update.started, collected) as tell:
+            await self._load_and_publish(update, payloads, dirty)
+            tell(update.state.name.lower(), update.error.message if update.error else "")
+
+    async def _load_and_publish(self, update: Update, payloads: Sequence[BucketPayload], dirty: bool) -> None:
         try:
             await self._pause(update)
             if update.model_path is None:
@@ -140,6 +150,8 @@ class Applier:
 
     async def _pause(self, update: Update) -> None:
         async with self._phase(update, Phase.PAUSE):
+            if update.header.pause_mode is not PauseMode.NONE:
+                update.held_since = time.monotonic()
             await self._engine.pause(update.header.pause_mode, _left(update))
 
     async def _load_all(self, update: Update, payloads: Sequence[BucketPayload]) -> None:
@@ -240,7 +252,12 @@ class Applier:
             async with self._phase(update, Phase.PUBLISH):
                 await self._engine.publish(update.header.weight_version)
         async with self._phase(update, Phase.RESUME):
-            await self._engine.resume()
+            await self._resume(update)
+
+    async def _resume(self, update: Update) -> None:
+        await self._engine.resume()
+        if update.held_since < inf:
+            update.held_s = time.monotonic() - update.held_since
 
     async def _flush(self, update: Update) -> None:
         async with self._phase(update, Phase.FLUSH):
@@ -268,7 +285,13 @@ class Applier:
     async def _break_off(self, update: Update, error: SyncError, dirty: bool) -> None:
         """Leave the engine as it was if no weight was written; otherwise dirty, held and without an open session."""
         phase, touched = update.phase, update.touched
-        logger.error("update %s broke off in phase %s: %s", update.id, phase.name.lower(), error.message)
+        logger.error(
+            "update %s broke off in phase %s: %s",
+            update.id,
+            phase.name.lower(),
+            error.message,
+            extra=update.log_fields | {"phase": phase.name.lower(), "reason": str(error.reason)},
+        )
         undone = await self._undo(update, resume=not touched and not dirty)
         restarted = isinstance(error, EngineRestarted | EngineDown) or self._engine.epoch != update.epoch
         if restarted or (undone and not touched):
@@ -282,23 +305,24 @@ class Applier:
         try:
             if update.phase in (Phase.BEGIN, Phase.LOAD):
                 await self._engine.end_if_open()
-            await (self._engine.resume() if resume else self._engine.hold())
+            await (self._resume(update) if resume else self._engine.hold())
         except (EngineDown, EngineRestarted):
             return True  # nothing is left to undo: a server that comes back has fresh weights
         except EngineError as failure:
-            logger.error("while undoing update %s: %s", update.id, failure.message)
+            fields = update.log_fields | {"phase": update.phase.name.lower(), "reason": str(failure.reason)}
+            logger.error("while undoing update %s: %s", update.id, failure.message, extra=fields)
             return False
         return True
 
     @asynccontextmanager
     async def _phase(self, update: Update, phase: Phase) -> AsyncIterator[None]:
-        update.phase = phase
+        update.phase, update.phase_since = phase, time.monotonic()
         self._changed()
-        started = time.monotonic()
         try:
-            yield
+            with self._spans.phase(phase.name.lower(), update.log_fields):
+                yield
         finally:
-            update.phase_seconds[phase] = time.monotonic() - started
+            update.phase_seconds[phase] = time.monotonic() - update.phase_since
 
 
 def _selector(update: Update) -> Selector:

@@ -1,4 +1,4 @@
-"""The command line: ``sglang-weight-sync serve | health | status | demo``.
+"""The command line: ``sglang-weight-sync serve | doctor | health | status | demo``.
 
 Exit codes: 0 clean; 1 not healthy, or a forced stop; 2 wrong usage; 3 ``serve`` could not start.
 """
@@ -9,16 +9,25 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from sidecar import __version__
-from sidecar.config import ServeConfig, Timeouts, parse_address
+from sidecar import __version__, channels, settings
+from sidecar.config import (
+    AccessRules,
+    EngineKeys,
+    Limits,
+    ServeConfig,
+    TcpAddress,
+    Timeouts,
+    TlsFiles,
+    default_listen,
+    parse_address,
+)
 
 EXIT_NOT_HEALTHY, EXIT_USAGE, EXIT_CANNOT_START = 1, 2, 3
 REEXECUTED = "SGLANG_WEIGHT_SYNC_REEXECUTED"
 # Set by SGLang for itself; prometheus_client would add this process's metrics to the engine's.
 MULTIPROCESS_METRICS = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,80 +55,47 @@ def _become_light(arguments: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from sidecar.doctor import command as doctor_flags
+
     parser = argparse.ArgumentParser(prog="sglang-weight-sync", description="Freshly trained weights into SGLang.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_serve(commands.add_parser("serve", help="run the sidecar beside an SGLang server"))
+    serve = commands.add_parser("serve", help="run the sidecar beside an SGLang server")
+    settings.add_flags(serve)
+    serve.set_defaults(run=_serve)
+    doctor = commands.add_parser("doctor", help="tell whether weight sync will work here, before the first crash")
+    doctor_flags.add_arguments(doctor)
+    doctor.set_defaults(run=_doctor)
     health = commands.add_parser("health", help="exit 0 if the sidecar is ready to update its engine, else 1")
     health.add_argument("--liveness", action="store_true", help="ask only whether the process lives")
     health.set_defaults(run=_health)
     status = commands.add_parser("status", help="print what the sidecar is doing, and for whom it waits")
+    status.add_argument(
+        "--watch", type=float, nargs="?", const=1.0, metavar="SECONDS", help="go on, and look every second (or as said)"
+    )
     status.set_defaults(run=_status)
     for command in (health, status):
-        command.add_argument("--target", required=True, help="unix:/path.sock or host:port of the sidecar")
-        command.add_argument("--timeout", type=float, default=5.0, help="seconds (default 5)")
+        channels.add_arguments(command, os.environ)
     demo = commands.add_parser("demo", help="a real server, this sidecar and two trainer processes", add_help=False)
     demo.add_argument("arguments", nargs=argparse.REMAINDER)
     demo.set_defaults(run=_demo)
     return parser
 
 
-def _add_serve(parser: argparse.ArgumentParser) -> None:
-    defaults = Timeouts()
-    parser.add_argument("--engine-url", required=True, help="the SGLang server, such as http://127.0.0.1:30000")
-    parser.add_argument("--listen", required=True, help="unix:/path.sock, or host:port (port 0: any)")
-    parser.add_argument(
-        "--insecure",
-        action="store_true",
-        help="let --listen be an address that other hosts reach: there is no TLS, and whoever reaches it may change "
-        "the weights",
-    )
-    parser.add_argument(
-        "--gpu-uuids",
-        default="",
-        metavar="GPU-a,GPU-b,...",
-        help="the engine's GPUs, one per TP rank (default: found out where this host shows them)",
-    )
-    parser.add_argument(
-        "--no-replay",
-        dest="replay",
-        action="store_false",
-        help="have the model load every update itself, also where the engine has the replay loader",
-    )
-    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for the update in hand at SIGTERM")
-    parser.add_argument(
-        "--accept-checkpoint-weights",
-        action="store_true",
-        help="an engine that was restarted is ready with its checkpoint, before its first update",
-    )
-    parser.add_argument(
-        "--journal",
-        type=Path,
-        help="file that says an update is being applied, for the successor of a killed sidecar "
-        "(default: SOCKET.journal; on TCP: none)",
-    )
-    parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on this loopback port")
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    for name in defaults.__dataclass_fields__:
-        value = getattr(defaults, name)
-        parser.add_argument(
-            f"--{name}-timeout", type=float, default=value, help=f"seconds for phase {name} (default {value:g})"
-        )
-    parser.set_defaults(run=_serve)
-
-
 def _serve(options: argparse.Namespace) -> int:
     for name in MULTIPROCESS_METRICS:  # before prometheus_client is imported
         os.environ.pop(name, None)
+    from sidecar import logs
     from sidecar.listening import AddressInUseError, private_umask
     from sidecar.server import serve
 
-    logging.basicConfig(level=options.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    private_umask()
     try:
-        config = _serve_config(options)
+        values = settings.resolve(options, os.environ)
+        config = _serve_config(values)
     except ValueError as error:
         return _fail(str(error), EXIT_USAGE)
-    private_umask()
+    logs.configure(values["log-level"], logs.LogForm(values["log-format"]))
     try:
         clean = serve(config)
     except (AddressInUseError, OSError) as error:
@@ -133,36 +109,80 @@ def _leave_at_once() -> NoReturn:
     os._exit(EXIT_NOT_HEALTHY)
 
 
-def _serve_config(options: argparse.Namespace) -> ServeConfig:
+def _serve_config(values: dict[str, Any]) -> ServeConfig:
     from sidecar.engine.gpus import parse_uuids
 
-    phases = {name: getattr(options, f"{name}_timeout") for name in Timeouts.__dataclass_fields__}
+    if not values["engine-url"]:
+        raise ValueError("--engine-url is missing: the SGLang server, such as http://127.0.0.1:30000")
+    phases = {name: values[f"{name}-timeout"] for name in Timeouts.__dataclass_fields__}
+    limits = {name: values["max-" + name.replace("_", "-")] for name in Limits.__dataclass_fields__}
     return ServeConfig(
-        engine_url=options.engine_url,
-        listen=parse_address(options.listen),
-        insecure=options.insecure,
-        gpu_uuids=parse_uuids(options.gpu_uuids),
+        engine_url=values["engine-url"],
+        listen=parse_address(values["listen"] or default_listen()),
+        http_listen=_tcp(values["http-listen"]),
+        engine_keys=EngineKeys(api=values["engine-api-key"], admin=values["engine-admin-key"]),
+        tls=_tls(values),
+        access=AccessRules(
+            update_token=values["update-token"],
+            look_token=values["look-token"],
+            update_clients=values["update-clients"],
+        ),
+        insecure=values["insecure"],
+        gpu_uuids=parse_uuids(",".join(values["gpu-uuids"])),
         timeouts=Timeouts(**phases),
-        accept_checkpoint=options.accept_checkpoint_weights,
-        replay=options.replay,
-        drain_s=options.drain_timeout,
-        metrics_port=options.metrics_port,
-        journal_path=options.journal,
+        limits=Limits(**limits),
+        accept_checkpoint=values["accept-checkpoint-weights"],
+        replay=values["replay"],
+        drain_s=values["drain-timeout"],
+        lame_duck_s=values["lame-duck"],
+        journal_path=values["journal"],
     )
+
+
+def _tcp(text: str) -> TcpAddress | None:
+    address = parse_address(text) if text else None
+    if address is not None and not isinstance(address, TcpAddress):
+        raise ValueError(f"--http-listen {text}: plain HTTP needs host:port")
+    return address
+
+
+def _tls(values: dict[str, Any]) -> TlsFiles | None:
+    certificate, key, client_ca = values["tls-certificate"], values["tls-key"], values["tls-client-ca"]
+    if not (certificate or key or client_ca):
+        return None
+    if not (certificate and key):
+        raise ValueError("TLS needs both --tls-certificate and --tls-key")
+    return TlsFiles(certificate=certificate, key=key, client_ca=client_ca)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from sidecar.doctor import command
+
+    return command.main(options)
 
 
 def _health(options: argparse.Namespace) -> int:
     from sidecar.inspect import is_serving
 
-    serving, why = is_serving(options.target, liveness=options.liveness, timeout_s=options.timeout)
+    try:
+        connect, target = channels.connector(options, os.environ), channels.target_of(options)
+        serving, why = is_serving(target, liveness=options.liveness, timeout_s=options.timeout, connect=connect)
+    except ValueError as error:
+        return _fail(str(error), EXIT_USAGE)
     print("SERVING" if serving else f"NOT_SERVING: {why}")  # noqa: T201 - the command's output
     return 0 if serving else EXIT_NOT_HEALTHY
 
 
 def _status(options: argparse.Namespace) -> int:
-    from sidecar.inspect import status_text
+    from sidecar import inspect
 
-    reached, text = status_text(options.target, timeout_s=options.timeout)
+    try:
+        connect, target = channels.connector(options, os.environ), channels.target_of(options)
+        if options.watch is not None:
+            return inspect.watch(target, interval_s=options.watch, timeout_s=options.timeout, connect=connect)
+        reached, text = inspect.status_text(target, timeout_s=options.timeout, connect=connect)
+    except ValueError as error:
+        return _fail(str(error), EXIT_USAGE)
     print(text)  # noqa: T201 - the command's output
     return 0 if reached else EXIT_NOT_HEALTHY
 

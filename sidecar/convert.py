@@ -4,20 +4,27 @@ Invariant: what comes out is typed but not yet checked; what this protocol versi
 name instead of being dropped, so that a newer adapter is told what an older sidecar cannot do.
 """
 
+import time
 from collections.abc import Iterator
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from sidecar import __version__, lora
+from sidecar.config import Limits
 from sidecar.engine.info import EngineInfo
-from sidecar.errors import InvalidRequest, Reason
+from sidecar.errors import InvalidRequest, LimitExceeded, Reason
 from sidecar.lora import AdapterSpec
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
-from sidecar.manifest_check import Allowance, Report
+from sidecar.manifest_check import Allowance, Report, is_pattern
 from sidecar.memory import CudaIpcMemory, Memory, SharedMemory, bare_uuid
 from sidecar.update import Header, PauseMode, Selector, Update
 from sidecar.v1 import weight_sync_pb2 as pb
+
+MAX_PATH, MAX_FILE_NAME = 4096, 255
+"""Linux's own limits."""
+MAX_PATTERNS = 1000
+"""Each is tried on every name; of names that are spelt out there may be any number."""
 
 _PAUSE_MODES = {
     pb.PAUSE_MODE_UNSPECIFIED: PauseMode.RETRACT,
@@ -79,7 +86,16 @@ def header(message: pb.UpdateHeader) -> Header:
 
 
 def disk_header(message: pb.UpdateWeightsFromDiskRequest) -> Header:
-    """A disk update's, which has one caller whatever the engine's tp_size."""
+    """A disk update's, which has one caller whatever the engine's tp_size; its path is one that a folder can have."""
+    path = message.model_path
+    if (
+        len(path.encode()) > MAX_PATH
+        or not path.isprintable()
+        or any(len(name.encode()) > MAX_FILE_NAME for name in path.split("/"))
+    ):
+        problem = f"model_path {path[:128]!r} cannot be a folder's: at most {MAX_PATH} printable bytes, and "
+        problem += f"{MAX_FILE_NAME} from one slash to the next"
+        raise InvalidRequest(Reason.INVALID_HEADER, problem, field="model_path")
     return Header(
         update_id=message.update_id,
         weight_version=message.weight_version,
@@ -122,7 +138,24 @@ def _unknown(what: str, value: int, field: str) -> InvalidRequest:
 
 def allowance(message: pb.ManifestAllowance) -> Allowance:
     """Exceptions to the names' checks, in an order of their own so that ranks compare equal."""
+    for name, allowed in (("unknown", message.unknown), ("missing", message.missing)):
+        number = sum(map(is_pattern, allowed))
+        if number > MAX_PATTERNS:
+            problem = f"allow.{name} has {number} patterns; at most {MAX_PATTERNS} are possible: choose wider ones"
+            raise InvalidRequest(Reason.INVALID_HEADER, problem, field="allow")
     return Allowance(tuple(sorted(message.unknown)), tuple(sorted(message.missing)))
+
+
+def check_size(message: pb.Manifest, limits: Limits, rank: int) -> None:
+    """No more than this sidecar accepts; raises ``LimitExceeded``."""
+    tensors = sum(len(bucket.tensors) for bucket in message.buckets)
+    for number, limit, what in (
+        (len(message.buckets), limits.buckets, "buckets"),
+        (tensors, limits.tensors, "tensors"),
+    ):
+        if number > limit:
+            problem = f"rank {rank}: the manifest has {number} {what}, and this sidecar takes {limit} (--max-{what})"
+            raise LimitExceeded(Reason.TOO_LARGE, problem, rank=rank, sent=number, limit=limit)
 
 
 def manifest(message: pb.Manifest) -> Manifest:
@@ -198,7 +231,7 @@ def outcome(update: Update) -> pb.UpdateOutcome:
         load_path=pb.LoadPath.ValueType(update.load_path),
         load_reason=update.load_reason,
     )
-    for phase, seconds in update.phase_seconds.items():
+    for phase, seconds in update.spent(time.monotonic()).items():
         message.phases.add(phase=pb.Phase.ValueType(phase)).duration.FromNanoseconds(round(seconds * 1e9))
     return message
 

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from sidecar import admission, applier, recovery, refusals, standing
+from sidecar import admission, applier, history, recovery, refusals, standing
 from sidecar.applier import Applier
 from sidecar.callers import WHOLE_UPDATE, Callers
 from sidecar.config import Timeouts
@@ -33,6 +33,7 @@ from sidecar.references import References
 from sidecar.replay import Replay
 from sidecar.served import ServedWeights
 from sidecar.standing import Standing
+from sidecar.tracing import TRACE, Spans
 from sidecar.update import Header, Phase, Update, UpdateState
 
 logger = logging.getLogger(__name__)
@@ -62,13 +63,17 @@ class Coordinator:
         journal: Journal | None = None,
         replay: Replay | None = None,
         accept_checkpoint: bool = False,
+        spans: Spans | None = None,
     ) -> None:
         self._engine = engine
         self._timeouts = timeouts
         self._on_change = on_change
         self._on_ended = on_ended
         self._replay = replay or Replay("", enabled=False)
-        self._applier = Applier(engine, self._wait_for_bucket, self._about_to_write, self.changed, self._replay)
+        self._spans = spans or Spans()
+        self._applier = Applier(
+            engine, self._wait_for_bucket, self._about_to_write, self.changed, self._replay, self._spans
+        )
         self._updates = UpdateHistory()
         self.references = References()
         self._current: Update | None = None
@@ -253,6 +258,7 @@ class Coordinator:
         if not update.state.ended:
             admission.check_own_memory(handles, header.rank, update.deliveries)
             update.join(header.rank)
+            update.trace = update.trace or TRACE.get()
             self.changed()
         return update
 
@@ -326,11 +332,8 @@ class Coordinator:
         digest: str = "",
         model_path: str | None = None,
     ) -> Update:
-        now = time.monotonic()
-        update = Update(
-            header, manifest, digest, info.placement, self._engine.epoch, started=now, model_path=model_path
-        )
-        update.ep_size = info.ep_size
+        update = Update(header, manifest, digest, info.placement, self._engine.epoch, info.ep_size, model_path)
+        update.started, update.trace = time.monotonic(), TRACE.get()
         return update
 
     def _start(self, update: Update, payloads: tuple[BucketPayload, ...]) -> None:
@@ -395,7 +398,7 @@ class Coordinator:
             self._served.touching(update, writing=False)
             await self._applier.apply(update, self._payloads, dirty=self._served.dirty is not None)
         except Exception as bug:  # the edge of a task that nobody awaits: it must not vanish
-            logger.exception("update %s: a defect in the sidecar", update.id)
+            logger.exception("update %s: a defect in the sidecar", update.id, extra=update.log_fields)
             update.end(UpdateState.FAILED, refusals.defect(update, bug))
         self._ended(update)
 
@@ -405,6 +408,7 @@ class Coordinator:
     def _give_up(self, update: Update, error: SyncError) -> None:
         """COLLECTING -> ABORTED."""
         update.end(UpdateState.ABORTED, error)
+        self._spans.never_applied(update.trace, update.log_fields, update.started, "aborted", error.message)
         self._stop_collect_timer()
         self._ended(update)
 
@@ -417,13 +421,7 @@ class Coordinator:
         self._payloads = ()
         self._served.ended(update)
         self.references.ended(update)
-        logger.info(
-            "update %s (version %s): %s%s",
-            update.id,
-            update.header.weight_version,
-            update.state.name.lower(),
-            f": {update.error.message}" if update.error else "",
-        )
+        logger.info("%s", history.sentence(update), extra=update.log_fields)
         self._on_ended(update)
         self.changed()
 

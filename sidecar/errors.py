@@ -6,7 +6,9 @@
       + NotKnown              NOT_FOUND            no such update or manifest digest
       + UpdateConflict        ABORTED              ranks disagree, or another update is in hand
       + UnsuitableEngine      FAILED_PRECONDITION  the engine cannot take this update
-      + LimitExceeded         RESOURCE_EXHAUSTED   too large
+      + LimitExceeded         RESOURCE_EXHAUSTED   too large, or too many at a time
+      + Unauthenticated       UNAUTHENTICATED      the caller brings no token that is known here
+      + Forbidden             PERMISSION_DENIED    the caller is known, and may not do this
       + Draining              UNAVAILABLE          the sidecar is stopping
       + DeadlinePassed        DEADLINE_EXCEEDED    names the phase and the ranks or bucket waited for
       + ChecksumsDiffer       DATA_LOSS            the engine does not hold what was sent
@@ -54,6 +56,11 @@ class Reason(StrEnum):
     MEMORY_IS_KEPT = "MEMORY_IS_KEPT"
     NOT_ABORTABLE = "NOT_ABORTABLE"
     TOO_LARGE = "TOO_LARGE"
+    TOO_MANY_CALLS = "TOO_MANY_CALLS"
+    NOT_A_MESSAGE = "NOT_A_MESSAGE"
+    TOKEN_WRONG = "TOKEN_WRONG"  # noqa: S105 - a name
+    NOT_ALLOWED = "NOT_ALLOWED"
+    NOT_YOURS = "NOT_YOURS"
     DRAINING = "DRAINING"
     RANKS_MISSING = "RANKS_MISSING"
     STILL_APPLYING = "STILL_APPLYING"
@@ -114,9 +121,21 @@ class UnsuitableEngine(SyncError):
 
 
 class LimitExceeded(SyncError):
-    """Larger than this sidecar accepts."""
+    """Larger, or more at a time, than this sidecar accepts."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Unauthenticated(SyncError):
+    """The caller brings no token that is known here."""
+
+    status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class Forbidden(SyncError):
+    """The caller is known, and may not do this."""
+
+    status = grpc.StatusCode.PERMISSION_DENIED
 
 
 class Draining(SyncError):

@@ -6,7 +6,7 @@ Invariant: an id names at most one update here: the newest attempt.
 from collections import OrderedDict
 
 from sidecar import refusals
-from sidecar.update import Update, UpdateState
+from sidecar.update import LoadPath, Update, UpdateState
 
 KEPT_UPDATES = 64
 
@@ -50,3 +50,17 @@ class UpdateHistory:
     def last_ended(self) -> Update | None:
         """The newest update to which nothing more happens."""
         return next((update for update in reversed(self._updates.values()) if update.state.ended), None)
+
+
+def sentence(update: Update) -> str:
+    """How an update ended, for the log: what, how large, how long in each phase, and why if it failed."""
+    size = sum(bucket.size_bytes for bucket in update.manifest.buckets[: update.num_loaded])
+    phases = ", ".join(f"{phase.name.lower()} {1e3 * s:.1f}" for phase, s in update.phase_seconds.items())
+    text = f"update {update.id} (version {update.header.weight_version}): {update.state.name.lower()}"
+    text += f", {update.num_loaded} of {update.num_buckets} buckets, {size} bytes per rank"
+    if update.load_path is not LoadPath.NOT_LOADED:
+        text += f", {update.load_path.name.lower()}"
+    if len(late := {rank: delivery.joined_at - update.started for rank, delivery in update.deliveries.items()}) > 1:
+        last = max(late, key=late.__getitem__)
+        text += f"; rank {last} came last, {1e3 * late[last]:.1f} ms after the first"
+    return text + (f"; ms: {phases}" if phases else "") + (f": {update.error.message}" if update.error else "")

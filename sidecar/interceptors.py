@@ -1,7 +1,7 @@
-"""Errors out: the one place where the error tree becomes gRPC status.
+"""Errors out: the one place where the error tree becomes gRPC status; and every call counted.
 
 Invariant: a caller gets a code, one sentence and one ErrorInfo, or, for a defect of ours, an incident number; never
-a traceback or an exception's own text.
+a traceback or an exception's own text. It fits into the metadata that peers take, whatever is in a trainer's names.
 """
 
 from __future__ import annotations
@@ -9,30 +9,57 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
+from urllib.parse import quote
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from sidecar.errors import SyncError
+from sidecar.errors import InvalidRequest, Reason, SyncError
 
 logger = logging.getLogger(__name__)
 
 ERROR_DOMAIN = "sglang-weight-sync"
-# Details travel as metadata, which peers limit to 8 KiB.
+# Details and message travel as metadata, which peers limit to 8 KiB; the message twice, once percent-encoded.
 MAX_DETAIL = 512
+MAX_DETAILS_BYTES = 1600
 MAX_MESSAGE = 1500
+MAX_ENCODED = 3000
+PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class CallCounts(Protocol):
+    """Who counts calls."""
+
+    def call_began(self) -> None:
+        """One more in hand."""
+
+    def call_ended(self, method: str, code: str, reason: str = "") -> None:
+        """One less."""
+
+
+class NotCounted:
+    """Nobody does."""
+
+    def call_began(self) -> None:
+        """Not counted."""
+
+    def call_ended(self, method: str, code: str, reason: str = "") -> None:
+        """Not counted."""
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every unary call of this server; each method's behaviour once, since gRPC asks anew for every call."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: CallCounts | None = None) -> None:
+        self._counts = counts or NotCounted()
         self._handlers: dict[str, Handler] = {}
 
     async def intercept_service(
@@ -48,40 +75,88 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or handler.unary_unary is None:
             return handler
         self._handlers[method] = grpc.unary_unary_rpc_method_handler(
-            _mapped(handler.unary_unary, method),
-            request_deserializer=handler.request_deserializer,
+            self._mapped(handler.unary_unary, method),
+            request_deserializer=_or_none(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
         return self._handlers[method]
 
+    def _mapped(self, behaviour: Callable[..., Any], method: str) -> Callable[[Any, Context], Awaitable[Any]]:
+        name = method.rpartition("/")[2]
 
-def _mapped(behaviour: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Any], Awaitable[Any]]:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def call(request: Any, context: Context) -> Any:
+            code, reason = "CANCELLED", ""
+            self._counts.call_began()
+            try:
+                response = await behaviour(_message(request, name), context)
+                code = "OK"
+                return response
+            except SyncError as error:
+                code, reason = error.status.name, str(error.reason)
+                logger.info("%s refused: %s", name, error.message, extra=_log_fields(error))
+                await _abort(context, error)
+            except grpc.aio.AbortError:
+                code = context.code().name if context.code() else "UNKNOWN"
+                raise
+            except Exception:  # the edge of the process: nothing of a defect's text may leave it
+                code, reason, incident = "INTERNAL", "DEFECT", uuid.uuid4().hex[:8]
+                logger.exception("%s: a defect in the sidecar, incident %s", method, incident)
+                said = f"a defect in the sidecar; its log has incident {incident}"
+                await context.abort(grpc.StatusCode.INTERNAL, said)
+            finally:
+                self._counts.call_ended(name, code, reason)
+
+        return call
+
+
+def _or_none(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """None in place of a message for bytes that are none: gRPC would answer with the exception's own text."""
+    if deserializer is None:
+        return None
+
+    def deserialized(data: bytes) -> Any:
         try:
-            return await behaviour(request, context)
-        except SyncError as error:
-            logger.info("%s refused: %s %s", method, error.reason, error.message)
-            await _abort(context, error)
-        except grpc.aio.AbortError:
-            raise
-        except Exception:  # the edge of the process: nothing of a defect's text may leave it
-            incident = uuid.uuid4().hex[:8]
-            logger.exception("%s: a defect in the sidecar, incident %s", method, incident)
-            await context.abort(grpc.StatusCode.INTERNAL, f"a defect in the sidecar; its log has incident {incident}")
+            return deserializer(data)
+        except DecodeError:
+            return None
 
-    return call
+    return deserialized
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SyncError) -> NoReturn:
-    info = ErrorInfo(
-        reason=error.reason,
-        domain=ERROR_DOMAIN,
-        metadata={name: value[:MAX_DETAIL] for name, value in error.details.items()},
-    )
+def _message(request: Any, name: str) -> Any:
+    if request is None:
+        raise InvalidRequest(Reason.NOT_A_MESSAGE, f"{name}: the bytes sent are no request of this protocol")
+    return request
+
+
+async def _abort(context: Context, error: SyncError) -> NoReturn:
     detail = AnyMessage()
-    detail.Pack(info)
-    status = rpc_status.to_status(
-        Status(code=error.status.value[0], message=error.message[:MAX_MESSAGE], details=[detail])
-    )
+    detail.Pack(ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=_fitting(error.details)))
+    status = rpc_status.to_status(Status(code=error.status.value[0], message=_cut(error.message), details=[detail]))
     await context.abort(status.code, status.details, status.trailing_metadata)
     raise AssertionError("abort always raises")
+
+
+def _log_fields(error: SyncError) -> dict[str, object]:
+    """What the error says of itself, by the names of ``logs.FIELDS``."""
+    named = {"update_id": "updateId", "version": "version", "rank": "rank", "bucket": "bucket", "phase": "phase"}
+    told = {field: error.details[name] for field, name in named.items() if name in error.details}
+    return {**told, "reason": str(error.reason)}
+
+
+def _fitting(details: dict[str, str]) -> dict[str, str]:
+    """As many bytes as there is room for: values in the order in which they were told."""
+    room, fitting = MAX_DETAILS_BYTES, {}
+    for name, value in details.items():
+        kept = value[:MAX_DETAIL].encode()[: max(0, room)].decode(errors="ignore")
+        room -= len(name) + len(kept.encode())
+        fitting[name] = kept
+    return fitting
+
+
+def _cut(message: str) -> str:
+    """Shortened until it fits also as gRPC encodes it."""
+    message = message[:MAX_MESSAGE]
+    while len(quote(message, safe=PLAIN)) > MAX_ENCODED:
+        message = message[: len(message) * 3 // 4]
+    return message

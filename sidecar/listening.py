@@ -1,37 +1,67 @@
-"""Where the server listens: one sidecar per address.
+"""Where the server listens, and with which certificate: one sidecar per address, and one per engine.
 
 Invariant: a socket file that another live sidecar holds is never taken over. gRPC alone would steal it silently, and
 delete it on exit; so a lock file beside it is held for as long as the process lives (the kernel lets go of it).
 """
 
 import fcntl
+import logging
 import os
+import socket
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 
-from sidecar.config import Address, TcpAddress, UnixAddress
+from sidecar.config import Address, TcpAddress, TlsFiles, UnixAddress
+
+logger = logging.getLogger(__name__)
 
 
 class AddressInUseError(Exception):
     """Another process serves there."""
 
 
-def listen(server: grpc.aio.Server, address: Address) -> Address:
+def listen(server: grpc.aio.Server, address: Address, tls: TlsFiles | None = None) -> Address:
     """Bind ``server``: returns the address with the port that the system chose; raises ``AddressInUseError``."""
     match address:
         case UnixAddress(path):
             _lock(path)
             try:
-                server.add_insecure_port(str(address))
+                _add_port(server, address, tls)
             except RuntimeError as error:
                 raise AddressInUseError(f"cannot listen on {address}; is it a folder, or not ours to write?") from error
             return address
         case TcpAddress(host):
             try:
-                return TcpAddress(host, server.add_insecure_port(str(address)))
+                return TcpAddress(host, _add_port(server, address, tls))
             except RuntimeError as error:
                 raise AddressInUseError(f"cannot listen on {address}; is another process there?") from error
+
+
+def claim_engine(url: str) -> socket.socket:
+    """Hold a name for the engine until the process ends; raises ``AddressInUseError`` if another sidecar does.
+
+    An abstract socket: seen by whoever shares this network, as the engine's own loopback address is, and let go of by
+    the kernel.
+    """
+    parts = urlsplit(url)
+    host = (
+        "loopback"
+        if parts.hostname in ("localhost", "::1") or str(parts.hostname).startswith("127.")
+        else parts.hostname
+    )
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        held.bind(f"\0sglang-weight-sync/{host}:{port}{parts.path.rstrip('/')}"[:100])
+    except OSError as error:
+        held.close()
+        raise AddressInUseError(
+            f"another sidecar on this host serves the engine at {url}; stop that one first"
+        ) from error
+    return held
 
 
 def private_umask() -> None:
@@ -39,11 +69,56 @@ def private_umask() -> None:
     os.umask(0o077)
 
 
-def _lock(socket: Path) -> None:
+def _add_port(server: grpc.aio.Server, address: Address, tls: TlsFiles | None) -> int:
+    if tls is None:
+        return server.add_insecure_port(str(address))
+    return server.add_secure_port(str(address), _Certificates(tls).credentials())
+
+
+class _Certificates:
+    """The files of a ``TlsFiles``, looked at again for every handshake."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = files
+        self._seen: object = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """What gRPC takes; raises ``OSError``."""
+        changed: Any = self._changed  # may answer None, whatever the stubs say
+        return grpc.dynamic_ssl_server_credentials(
+            self._read(), changed, require_client_authentication=self._files.client_ca is not None
+        )
+
+    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC, in a thread of its; None: as before."""
+        try:
+            return None if self._stamps() == self._seen else self._read()
+        except OSError as error:  # half-way through being replaced
+            logger.warning("the certificate is kept as it was: %s", error)
+            return None
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        files = self._files
+        stamps = self._stamps()
+        configuration = grpc.ssl_server_certificate_configuration(
+            [(files.key.read_bytes(), files.certificate.read_bytes())],
+            root_certificates=files.client_ca.read_bytes() if files.client_ca else None,
+        )
+        if self._seen is not None:
+            logger.info("the certificate in %s was read again", files.certificate)
+        self._seen = stamps
+        return configuration
+
+    def _stamps(self) -> object:
+        paths = filter(None, (self._files.certificate, self._files.key, self._files.client_ca))
+        return [(stat.st_mtime_ns, stat.st_ino, stat.st_size) for stat in map(os.stat, paths)]
+
+
+def _lock(path: Path) -> None:
     """Hold ``<socket>.lock`` until the process ends; the descriptor is left open on purpose."""
-    descriptor = os.open(f"{socket}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise AddressInUseError(f"another sidecar serves unix:{socket}; give this one another socket") from error
+        raise AddressInUseError(f"another sidecar serves unix:{path}; give this one another socket") from error

@@ -1,7 +1,8 @@
 """The life of the process: startup, serving, drain.
 
     startup -> serving until SIGTERM or SIGINT -> drain -> exit 0
-    drain: NOT_SERVING, no new update -> the update in hand ends (at most drain_s) -> stop gRPC -> close HTTP
+    drain: NOT_SERVING -> lame duck (lame_duck_s) -> no new update -> the update in hand ends (at most drain_s)
+           -> stop gRPC -> close HTTP
     a second signal ends the drain at once, and exits with 1; so does an update that outlasts the drain
 
 Invariant: the port is served within the process's first moments, whether the engine is up or not.
@@ -10,6 +11,7 @@ Invariant: the port is served within the process's first moments, whether the en
 import asyncio
 import logging
 import signal
+import time
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -17,17 +19,22 @@ from grpc_reflection.v1alpha import reflection
 
 from sidecar.config import Address, ServeConfig
 from sidecar.coordinator import Coordinator
+from sidecar.engine.info import EngineInfo
 from sidecar.engine.lora import LoraEngine
 from sidecar.engine.watch import EngineWatch
+from sidecar.guard import Guard
 from sidecar.health import Health
 from sidecar.interceptors import ErrorInterceptor
 from sidecar.journal import Journal
-from sidecar.listening import listen
+from sidecar.listening import claim_engine, listen
 from sidecar.lora_loader import LoraLoader
 from sidecar.manifest_store import ManifestStore
-from sidecar.metrics import Metrics
+from sidecar.metrics import CONTENT_TYPE, Metrics
+from sidecar.owners import Owners
+from sidecar.probes import Answer, ProbeServer
 from sidecar.replay import Replay
 from sidecar.servicer import SERVICE_NAME, WeightSyncServicer
+from sidecar.standing import SidecarState
 from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
 
 logger = logging.getLogger(__name__)
@@ -40,7 +47,7 @@ class SidecarServer:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        self._engine = LoraEngine(config.engine_url, config.timeouts, config.gpu_uuids)
+        self._engine = LoraEngine(config.engine_url, config.timeouts, config.gpu_uuids, config.engine_keys)
         self._metrics = Metrics()
         self._replay = Replay(str(config.listen), enabled=config.replay)
         self._coordinator = Coordinator(
@@ -52,9 +59,11 @@ class SidecarServer:
             replay=self._replay,
             accept_checkpoint=config.accept_checkpoint,
         )
+        self._metrics.watch(_Present(self._coordinator))
         self._lora = LoraLoader(self._engine, config.timeouts, self._coordinator)
         self._watch = EngineWatch(self._engine, self._coordinator.engine_changed)
         self._health = Health()
+        self._probes = ProbeServer({"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._exposition})
         self._state_changed = asyncio.Event()
         self._stop = asyncio.Event()
         self._server = self._make_server()
@@ -78,25 +87,29 @@ class SidecarServer:
         self._stop.set()
 
     async def _startup(self) -> None:
-        address: Address = listen(self._server, self._config.listen)
-        if self._config.is_exposed:
-            logger.warning("%s has no TLS (--insecure): every host that reaches it may change the weights", address)
+        address: Address = listen(self._server, self._config.listen, self._config.tls)
+        self._engine_claim = claim_engine(self._config.engine_url)
+        if self._config.is_exposed and not self._config.is_guarded:
+            logger.warning("%s is open (--insecure): every host that reaches it may change the weights", address)
         await self._health.set_ready(False)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
-        if self._config.metrics_port is not None:
-            self._metrics.serve(self._config.metrics_port)
+        if self._config.http_listen is not None:
+            logger.info("probes and metrics on http://%s", await self._probes.start(self._config.http_listen))
         await self._server.start()
         logger.info("serving on %s beside the engine at %s", address, self._config.engine_url)
 
     async def _drain(self) -> bool:
         logger.info("stopping: no new update; %.0f s for the one in hand", self._config.drain_s)
         await self._health.drain()
+        await asyncio.sleep(self._config.lame_duck_s)
         seconds = self._config.drain_s
         clean, _ = await asyncio.gather(self._coordinator.drain(seconds), self._lora.drain(seconds))
         if not clean:
             logger.error("stopping in the middle of an update: the engine is left paused, with mixed weights")
-        await self._server.stop(STOP_GRACE_S)
+        if clean:  # else its callers must not be told that it took nothing: their connections break
+            await self._server.stop(STOP_GRACE_S)
+        self._probes.close()
         self._engine.close()
         self._replay.close()
         return clean
@@ -104,9 +117,20 @@ class SidecarServer:
     async def _publish_readiness(self) -> None:
         while True:
             await self._health.set_ready(self._coordinator.standing.ready)
-            self._metrics.set_ready(self._coordinator.standing.ready)
             await self._state_changed.wait()
             self._state_changed.clear()
+
+    def _livez(self) -> Answer:
+        return Answer(b"alive\n")
+
+    def _readyz(self) -> Answer:
+        """In one word; the reason is told by ``status``, to those who may look."""
+        standing = self._coordinator.standing
+        ready = standing.ready and not self._stop.is_set()
+        return Answer(f"{standing.state.name.lower()}\n".encode(), 200 if ready else 503)
+
+    def _exposition(self) -> Answer:
+        return Answer(self._metrics.exposition(), content_type=CONTENT_TYPE)
 
     def _changed(self) -> None:
         self._state_changed.set()
@@ -114,15 +138,50 @@ class SidecarServer:
     def _make_server(self) -> grpc.aio.Server:
         options = [
             ("grpc.so_reuseport", 0),  # a second sidecar on the port must fail, not share it
-            ("grpc.max_receive_message_length", self._config.max_message_bytes),
+            ("grpc.max_receive_message_length", self._config.limits.message_bytes),
         ]
-        server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
-        servicer = WeightSyncServicer(self._coordinator, self._lora, ManifestStore(), self._config.timeouts)
+        guard = Guard(self._config.access, self._config.limits.open_calls)
+        server = grpc.aio.server(interceptors=[ErrorInterceptor(self._metrics), guard], options=options)
+        servicer = WeightSyncServicer(
+            self._coordinator, self._lora, ManifestStore(), Owners(), self._config.timeouts, self._config.limits
+        )
         pb_grpc.add_WeightSyncServiceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection([SERVICE_NAME, health_name, reflection.SERVICE_NAME], server)
         return server
+
+
+class _Present:
+    """What stands now, for the metrics."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    @property
+    def state(self) -> SidecarState:
+        return self._coordinator.standing.state
+
+    @property
+    def ready(self) -> bool:
+        return self._coordinator.standing.ready
+
+    @property
+    def engine(self) -> EngineInfo | None:
+        return self._coordinator.engine
+
+    @property
+    def epoch(self) -> int:
+        return self._coordinator.epoch
+
+    @property
+    def weight_version(self) -> str:
+        return self._coordinator.standing.weight_version
+
+    @property
+    def in_hand_s(self) -> float:
+        current = self._coordinator.current
+        return time.monotonic() - current.started if current else 0.0
 
 
 def serve(config: ServeConfig) -> bool:

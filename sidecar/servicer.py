@@ -3,11 +3,12 @@
 import grpc
 
 from sidecar import __version__, convert
-from sidecar.config import Timeouts
+from sidecar.config import Limits, Timeouts
 from sidecar.coordinator import Coordinator
 from sidecar.errors import InvalidRequest, NotKnown, Reason
 from sidecar.lora_loader import LoraLoader
 from sidecar.manifest_store import KnownManifest, ManifestStore
+from sidecar.owners import Owners
 from sidecar.update import Update
 from sidecar.v1 import weight_sync_pb2 as pb
 from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
@@ -27,12 +28,20 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
     """``sidecar.v1.WeightSyncService``; see the proto for each call."""
 
     def __init__(
-        self, coordinator: Coordinator, loader: LoraLoader, manifests: ManifestStore, timeouts: Timeouts
+        self,
+        coordinator: Coordinator,
+        loader: LoraLoader,
+        manifests: ManifestStore,
+        owners: Owners,
+        timeouts: Timeouts,
+        limits: Limits,
     ) -> None:
         self._coordinator = coordinator
         self._lora = loader
         self._manifests = manifests
+        self._owners = owners
         self._longest_s = timeouts.total
+        self._limits = limits
 
     async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Context) -> pb.GetCapabilitiesResponse:
         engine = self._coordinator.engine
@@ -58,6 +67,7 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
     async def UpdateWeights(self, request: pb.UpdateWeightsRequest, context: Context) -> pb.UpdateWeightsResponse:
         convert.refuse_unknown_fields(request)
         header = convert.header(request.update)
+        self._owners.claim(header.update_id, header.rank)
         handles = {i: convert.memory(handle, header.rank, i) for i, handle in enumerate(request.handles)}
         known = await self._manifest(request.manifest, header.rank)
         update = await self._coordinator.update_weights(header, known, handles, self._budget(context))
@@ -66,17 +76,20 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
     async def BeginUpdate(self, request: pb.BeginUpdateRequest, context: Context) -> pb.BeginUpdateResponse:
         convert.refuse_unknown_fields(request)
         header = convert.header(request.update)
+        self._owners.claim(header.update_id, header.rank)
         known = await self._manifest(request.manifest, header.rank)
         await self._coordinator.begin(header, known)
         return pb.BeginUpdateResponse(manifest_digest=known.digest)
 
     async def HoldUpdate(self, request: pb.HoldUpdateRequest, context: Context) -> pb.HoldUpdateResponse:
         convert.refuse_unknown_fields(request)
+        self._owners.claim(request.update_id, request.rank)
         update = await self._coordinator.hold(request.update_id, request.rank, self._budget(context))
         return pb.HoldUpdateResponse(outcome=convert.outcome(update))
 
     async def PushBucket(self, request: pb.PushBucketRequest, context: Context) -> pb.PushBucketResponse:
         convert.refuse_unknown_fields(request)
+        self._owners.claim(request.update_id, request.rank)
         memory = convert.memory(request.handle, request.rank, request.bucket)
         budget = self._budget(context)
         await self._coordinator.push(request.update_id, request.rank, request.bucket, memory, budget)
@@ -84,11 +97,13 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
 
     async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateResponse:
         convert.refuse_unknown_fields(request)
+        self._owners.claim(request.update_id, request.rank)
         update = await self._coordinator.commit(request.update_id, request.rank, self._budget(context))
         return pb.CommitUpdateResponse(outcome=convert.outcome(update))
 
     async def AbortUpdate(self, request: pb.AbortUpdateRequest, context: Context) -> pb.AbortUpdateResponse:
         convert.refuse_unknown_fields(request)
+        self._owners.claim(request.update_id, request.rank)
         update = await self._coordinator.abort(request.update_id, request.rank, request.reason)
         return pb.AbortUpdateResponse(outcome=convert.outcome(update))
 
@@ -113,6 +128,7 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
     async def LoadLoraAdapter(self, request: pb.LoadLoraAdapterRequest, context: Context) -> pb.LoadLoraAdapterResponse:
         convert.refuse_unknown_fields(request)
         header = convert.lora_header(request)
+        self._owners.claim(header.update_id, header.rank)
         if request.give_up:
             load = await self._lora.give_up(header, request.give_up)
         else:
@@ -137,6 +153,7 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
     async def _manifest(self, reference: pb.ManifestReference, rank: int) -> KnownManifest:
         match reference.WhichOneof("reference"):
             case "manifest":
+                convert.check_size(reference.manifest, self._limits, rank)
                 sent = reference.manifest.SerializeToString(deterministic=True)
                 return await self._manifests.read(sent, lambda: convert.manifest(reference.manifest), rank)
             case "digest":

@@ -15,6 +15,7 @@ Invariants: the engine is untouched in COLLECTING and ABORTED; ``num_posted`` co
 so the memory of any bucket at or above it was never seen by the engine; nothing leaves an ended state.
 """
 
+import time
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from math import inf
@@ -153,6 +154,8 @@ class Delivery:
     """By bucket."""
     committed: bool = False
     """Whether the rank said that this is all."""
+    joined_at: float = field(default_factory=time.monotonic)
+    """On the coordinator's clock."""
 
 
 @dataclass(slots=True)
@@ -195,9 +198,17 @@ class Update:
     notes: list[str] = field(default_factory=list)
     """What a person should know of it, in sentences."""
     phase: Phase = Phase.COLLECT
+    phase_since: float = inf
+    """On the coordinator's clock: when that began."""
     phase_seconds: dict[Phase, float] = field(default_factory=dict)
+    held_since: float = inf
+    """On the coordinator's clock: when the engine was told to hold generation."""
+    held_s: float | None = None
+    """How long it did so for this update; None: it was not asked to, or holds it still."""
     ended_at: float = inf
     """On the coordinator's clock."""
+    trace: str = ""
+    """Of the first of its calls that brought one (``tracing``)."""
     told: set[int] = field(default_factory=set)
     """Ranks that came after it was aborted, and were told."""
     error: SyncError | None = None
@@ -208,6 +219,11 @@ class Update:
     def id(self) -> str:
         """Its name, the same on all ranks."""
         return self.header.update_id
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        """For ``logging``'s ``extra``."""
+        return {"update_id": self.id, "version": self.header.weight_version}
 
     @property
     def num_buckets(self) -> int:
@@ -234,7 +250,7 @@ class Update:
         for name in ("weight_version", "pause_mode", "selector", "verify", "content_digest", "allow", "keep_cache"):
             mine, theirs = getattr(first, name), getattr(header, name)
             if mine != theirs:
-                raise self._ranks_differ(rank, f"{name} {mine!r} against {theirs!r}")
+                raise self._ranks_differ(rank, f"{name} {_shown(mine)} against {_shown(theirs)}")
         if digest != self.digest:
             raise self._ranks_differ(rank, first_difference(self.manifest, manifest))
 
@@ -264,6 +280,13 @@ class Update:
     def uncommitted(self) -> list[int]:
         """Ranks that have not said that they are done, in order."""
         return [rank for rank in range(self.header.tp_size) if not self._committed(rank)]
+
+    def spent(self, now: float) -> dict[Phase, float]:
+        """Seconds in each phase so far, that of the present one included and last."""
+        since = self.started if self.phase is Phase.COLLECT else self.phase_since
+        if self.state.ended or self.phase in self.phase_seconds or since > now:
+            return self.phase_seconds
+        return self.phase_seconds | {self.phase: now - since}
 
     def missing(self) -> list[int]:
         """Ranks that the update waits for right now, whatever for."""
@@ -307,3 +330,9 @@ class Update:
     def _committed(self, rank: int) -> bool:
         delivery = self.deliveries.get(rank)
         return delivery.committed if delivery else False
+
+
+def _shown(value: object) -> str:
+    """An allowance may hold a thousand patterns."""
+    text = repr(value)
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."

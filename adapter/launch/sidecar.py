@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from adapter.credentials import NO_CREDENTIALS, Credentials
 from adapter.launch.ports import listens_among
 from adapter.launch.process import ManagedProcess, Started
 from adapter.launch.reaper_process import ReaperProcess
@@ -25,6 +26,7 @@ class SidecarConfig:
         args: Further arguments of `sidecar serve`.
         ready_timeout_s: How long the start may take.
         grace_s: How long its orderly end may take.
+        credentials: For a sidecar whose arguments ask for TLS.
     """
 
     engine_url: str
@@ -33,6 +35,7 @@ class SidecarConfig:
     args: tuple[str, ...] = ()
     ready_timeout_s: float = 30.0
     grace_s: float = 10.0
+    credentials: Credentials = NO_CREDENTIALS
 
     def command(self) -> list[str]:
         """The command line."""
@@ -49,12 +52,14 @@ class SidecarProcess(Started):
 
     def __init__(self, config: SidecarConfig, *, reaper: ReaperProcess | None = None, wait: bool = True) -> None:
         self.listen = config.listen
+        self._credentials = config.credentials
         process = ManagedProcess(SIDECAR, config.command(), config.log_path, grace_s=config.grace_s, reaper=reaper)
         super().__init__(process, config.ready_timeout_s, wait=wait)
 
     def is_ready(self) -> bool:
         """Whether it serves, beside an engine or before one; not another sidecar that has its address."""
-        return sidecar_is_serving(self.listen) and self.listens() is not False
+        serving = sidecar_is_serving(self.listen, credentials=self._credentials)
+        return serving and self.listens() is not False
 
     def listens(self) -> bool | None:
         """Whether it listens at its address; False if another process does, None if nobody is seen to."""
@@ -66,12 +71,11 @@ def _address(listen: str) -> int | Path:
     return Path(path) if path != listen else int(listen.rpartition(":")[2])
 
 
-def sidecar_is_serving(target: str, timeout_s: float = 1.0) -> bool:
+def sidecar_is_serving(target: str, timeout_s: float = 1.0, credentials: Credentials = NO_CREDENTIALS) -> bool:
     """Whether the sidecar's own health service answers SERVING."""
     # A pool of its own: a channel shared with an earlier, refused try would wait out that one's back-off.
-    with grpc.insecure_channel(
-        target, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
-    ) as channel:
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+    with credentials.channel(target, options) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)

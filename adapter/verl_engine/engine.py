@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from adapter.client import DEFAULT_BUCKET_BYTES, WeightSyncClient
+from adapter.credentials import NO_CREDENTIALS, Credentials
 from adapter.errors import LaunchError
 from adapter.exchange import Exchange
 from adapter.launch import SERVER, SIDECAR
@@ -50,6 +51,7 @@ class VerlEngine:
             there; needed without a mesh, which would tell the ranks.
         sidecar_listen: where a sidecar that is started listens, if ranks on other hosts must reach it.
         sidecar_args: further arguments of ``sglang-weight-sync serve``.
+        sidecar_credentials: for a sidecar with TLS or tokens, such as one that ``sidecar_args`` gives them.
         bucket_bytes: see ``WeightSyncClient``.
         staging_buffers: see ``WeightSyncClient``.
         start_timeout: seconds until server and sidecar must be ready.
@@ -77,6 +79,7 @@ class VerlEngine:
         sidecar: str | None = None,
         sidecar_listen: str | None = None,
         sidecar_args: Sequence[str] = (),
+        sidecar_credentials: Credentials = NO_CREDENTIALS,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         staging_buffers: int = DEFAULT_BUFFERS,
         start_timeout: float = 1200.0,
@@ -94,6 +97,7 @@ class VerlEngine:
                 sidecar=sidecar,
                 sidecar_listen=sidecar_listen,
                 sidecar_args=tuple(sidecar_args),
+                sidecar_credentials=sidecar_credentials,
                 env=dict(env or {}),
                 pythonpath=tuple(Path(folder) for folder in pythonpath),
                 start_timeout=start_timeout,
@@ -115,6 +119,7 @@ class VerlEngine:
                 tp_size=member.size,
                 bucket_bytes=bucket_bytes,
                 staging_buffers=staging_buffers,
+                credentials=sidecar_credentials,
             )
 
         self._facts, self._client, self._fleet = self._start(Startup(options, member, self._exchange, make_client))

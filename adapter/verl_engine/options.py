@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapter.credentials import NO_CREDENTIALS, Credentials
 from adapter.membership import Membership
 from adapter.server_args import check_server_args
 
@@ -27,6 +28,7 @@ class Options:
     sidecar: str | None
     sidecar_listen: str | None
     sidecar_args: tuple[str, ...]
+    sidecar_credentials: Credentials = NO_CREDENTIALS
     env: Mapping[str, str | None]
     pythonpath: tuple[Path, ...]
     start_timeout: float

@@ -167,6 +167,7 @@ class Startup:
             listen=listen,
             log_path=fleet.log_folder / "sidecar.log",
             args=(*matched, *options.sidecar_args),
+            credentials=options.sidecar_credentials,
         )
         fleet.start_sidecar(config)
 
@@ -191,7 +192,8 @@ class Startup:
             return None
         self._waits_for = f"the sidecar at {self._target}"
         # Another sidecar may answer there while ours is about to be refused its address.
-        if not sidecar_is_serving(self._target) or not (self.fleet is None or self.fleet.sidecar_serves()):
+        serving = sidecar_is_serving(self._target, credentials=self._options.sidecar_credentials)
+        if not serving or not (self.fleet is None or self.fleet.sidecar_serves()):
             return None
         return self._facts(self._target)
 

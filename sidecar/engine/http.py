@@ -8,19 +8,20 @@ On the event loop itself, by h11, since an update is five small calls: one by a 
 """
 
 import asyncio
-import base64
 import json
 import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import certifi
 import h11
 
+from sidecar.config import EngineKeys
 from sidecar.errors import EngineDown, EngineLost, EngineRefused, EngineTimeout, EngineUnreachable, Reason
+from sidecar.tracing import HEADER, TRACE
 
 CONNECT_TIMEOUT_S = 5.0
 # SGLang closes connections that were idle for 5 s (uvicorn's keep-alive time-out); one that is about to be closed
@@ -29,6 +30,11 @@ MAX_IDLE_S = 2.0
 # A schema error echoes the request: keep messages readable.
 MAX_MESSAGE = 500
 READ_BYTES = 1 << 16
+# What SGLang guards with --api-key; --admin-api-key, where there is one, guards all else (srt/utils/auth.py, 0.5.8 and
+# later). Never sent to what is open to everybody.
+LOOKS = ("/model_info", "/server_info", "/v1/models", "/openapi.json")
+OPEN_TO_ALL = ("/ready", "/health")
+UNAUTHORIZED = (401, 403)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,8 @@ class Response:
     content: bytes
     location: str
     """Where a redirect points; empty for anything else."""
+    date: str
+    """The server's clock, as it says it; empty if it does not."""
 
 
 @dataclass(slots=True)
@@ -57,8 +65,9 @@ class _Connection:
 class EngineHttp:
     """Keep-alive calls to one server, one at a time."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, keys: EngineKeys | None = None) -> None:
         self.url = url.rstrip("/")
+        self._keys = keys or EngineKeys()
         self._connection: _Connection | None = None
         self._turn = asyncio.Lock()
         self._last_used = 0.0
@@ -77,6 +86,10 @@ class EngineHttp:
             return (await self._request("GET", path, None, timeout_s)).status
         except EngineRefused as refusal:
             return int(refusal.details["httpStatus"])
+
+    async def date(self, path: str, timeout_s: float) -> str:
+        """GET ``path``: the server's clock as the answer's header has it; empty if it does not say."""
+        return (await self._request("GET", path, None, timeout_s)).date
 
     def _json_object(self, path: str, response: Response) -> dict[str, Any]:
         answer = _json_of(response)
@@ -149,15 +162,21 @@ class EngineHttp:
     def _written(self, protocol: h11.Connection, method: str, path: str, body: bytes) -> bytes:
         """One request, in one piece."""
         parts = urlsplit(self.url)
-        headers = [("Host", parts.netloc.rpartition("@")[2]), ("Accept", "*/*")]
+        headers = [("Host", parts.netloc), ("Accept", "*/*")]
         if method == "POST":
             headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-        if parts.username is not None:
-            user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            headers.append(("Authorization", "Basic " + base64.b64encode(user.encode()).decode()))
+        if trace := TRACE.get():
+            headers.append((HEADER, trace))
+        if key := self._key(path):
+            headers.append(("Authorization", f"Bearer {key}"))
         request = h11.Request(method=method, target=parts.path + path, headers=headers)
         pieces = [protocol.send(request), protocol.send(h11.Data(data=body)), protocol.send(h11.EndOfMessage())]
         return b"".join(piece for piece in pieces if piece)
+
+    def _key(self, path: str) -> str:
+        if path in OPEN_TO_ALL:
+            return ""
+        return self._keys.api.text() if path in LOOKS else self._keys.admin.text() or self._keys.api.text()
 
     def _unreachable(self, kind: type[EngineUnreachable], path: str, why: str) -> EngineUnreachable:
         message = f"the engine at {self.url} cannot be reached ({why}, {path}); is the SGLang server up?"
@@ -170,6 +189,8 @@ class EngineHttp:
     def _refused(self, path: str, response: Response) -> EngineRefused:
         said = _message_of(response)
         message = f"the engine at {self.url} answered {response.status} to {path}: {said}"
+        if response.status in UNAUTHORIZED:
+            message += f"; it wants {_needed_key(path)}"
         return EngineRefused(
             Reason.ENGINE_REFUSED, message, engineUrl=self.url, path=path, httpStatus=response.status, said=said
         )
@@ -194,8 +215,16 @@ async def _read(connection: _Connection) -> Response:
     assert response is not None, "a message has a beginning"
     if protocol.our_state is h11.DONE and protocol.their_state is h11.DONE:
         protocol.start_next_cycle()
-    location = dict(response.headers).get(b"location", b"").decode(errors="replace")
-    return Response(response.status_code, bytes(content), location if 300 <= response.status_code < 400 else "")
+    headers = {name: value.decode(errors="replace") for name, value in response.headers}
+    location = headers.get(b"location", "") if 300 <= response.status_code < 400 else ""
+    return Response(response.status_code, bytes(content), location, headers.get(b"date", ""))
+
+
+def _needed_key(path: str) -> str:
+    """Which of the sidecar's settings is wrong or missing."""
+    if path in LOOKS:
+        return "its --api-key: give it to the sidecar as --engine-api-key-file"
+    return "its --admin-api-key, or without one its --api-key: --engine-admin-key-file or --engine-api-key-file"
 
 
 async def _encoded(body: Mapping[str, Any]) -> bytes:

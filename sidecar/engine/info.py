@@ -14,6 +14,8 @@ from sidecar.memory import Placement
 from sidecar.payload import REPLAY_FORMAT
 
 OLDEST_SUPPORTED = Version("0.5.15.post1")
+NEWEST_KNOWN = Version("0.5.23")
+"""A later release may have changed its routes: it is asked which it has (``missing_routes``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,15 @@ SHOWS_READY_SINCE = Version("0.5.20")
 
 LORA_BY_RANK_SINCE = Version("0.5.17")
 """/load_lora_adapter_from_tensors takes one payload per TP rank; before, one for all (srt/managers/io_struct.py)."""
+
+NEEDED_ROUTES = (
+    "/pause_generation",
+    "/update_weights_from_tensor",
+    "/flush_cache",
+    "/update_weight_version",
+    "/continue_generation",
+)
+SESSION_ROUTES = ("/begin_weight_update", "/end_weight_update")
 
 # Newest first: a release follows the first whose name it is not older than.
 DIALECTS = (
@@ -79,6 +90,8 @@ class EngineInfo:
     """Whether it was started with ``--custom-weight-loader adapter.loader.load``."""
     moves_experts: bool = False
     """Whether it moves experts between places while it runs (EPLB, elastic expert parallelism)."""
+    is_unknown: bool = False
+    """Whether its release is newer than any that this sidecar was made for."""
     unsupported: str = ""
     """Why it cannot be updated at all; empty if it can."""
 
@@ -121,8 +134,15 @@ def parse(server_info: Mapping[str, Any]) -> EngineInfo:
         ep_size=_number(server_info, "ep_size"),
         moves_experts=bool(server_info.get("enable_eplb") or server_info.get("elastic_ep_backend")),
         has_replay_loader=REPLAY_FORMAT in (server_info.get("custom_weight_loader") or ()),
+        is_unknown=_is_since(version, NEWEST_KNOWN) and Version(version) != NEWEST_KNOWN,
         unsupported=unsupported or _unsupported_layout(server_info, dialect),
     )
+
+
+def missing_routes(info: EngineInfo, description: Mapping[str, Any]) -> list[str]:
+    """Of ``/openapi.json``: which routes an update needs and this server does not have."""
+    there = description.get("paths") or {}
+    return [path for path in NEEDED_ROUTES + info.dialect.uses_sessions * SESSION_ROUTES if path not in there]
 
 
 def ranks_per_node(tp_size: int, nnodes: int) -> int:

@@ -6,14 +6,18 @@ and, where this host shows it, by the process that listens at the port.
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sidecar.config import Timeouts
+from sidecar.config import EngineKeys, Timeouts
 from sidecar.engine import gpus
 from sidecar.engine.http import EngineHttp
-from sidecar.engine.info import EngineInfo, parse
+from sidecar.engine.info import NEWEST_KNOWN, EngineInfo, missing_routes, parse
 from sidecar.engine.listener import is_alive, listener_of
+from sidecar.errors import EngineRefused
+
+logger = logging.getLogger(__name__)
 
 TAKES_NO_REQUESTS = 503
 """What /ready answers while the server starts or is paused; anything but that says nothing about a pause."""
@@ -22,8 +26,10 @@ TAKES_NO_REQUESTS = 503
 class EngineLife:
     """One server's address, and the lives of what answers there."""
 
-    def __init__(self, url: str, timeouts: Timeouts, gpu_uuids: Sequence[str] = ()) -> None:
-        self._looks = EngineHttp(url)  # of its own, so that a long load hides nothing
+    def __init__(
+        self, url: str, timeouts: Timeouts, gpu_uuids: Sequence[str] = (), keys: EngineKeys | None = None
+    ) -> None:
+        self._looks = EngineHttp(url, keys)  # of its own, so that a long load hides nothing
         self._timeouts = timeouts
         self._gpu_uuids = tuple(gpu_uuids)
         """What its operator says; empty: nothing."""
@@ -59,6 +65,8 @@ class EngineLife:
         process = await asyncio.to_thread(listener_of, self.url)
         described = await self._looks.get("/server_info", self._timeouts.probe)
         info = await asyncio.to_thread(gpus.seen, replace(parse(described), process=process), self._gpu_uuids)
+        if info.is_unknown:
+            info = await self._asked_for_routes(info)
         version = await self.ask_weight_version()
         old_answer = self._num_published != published
         if self._is_another(info) or not (old_answer or version in (self.weight_version, self._publishing)):
@@ -69,6 +77,30 @@ class EngineLife:
             info = replace(info, model_path=self._last_info.model_path)
         self.info = self._last_info = info
         await self._look_whether_held()
+        return info
+
+    async def _asked_for_routes(self, info: EngineInfo) -> EngineInfo:
+        """Of a release that nobody knows here: refused if it says that it lacks something, warned about in any case."""
+        try:
+            missing = missing_routes(info, await self._looks.get("/openapi.json", self._timeouts.probe))
+        except EngineRefused as refusal:
+            logger.warning(
+                "SGLang %s is newer than %s, and does not say what it can do: %s",
+                info.version,
+                NEWEST_KNOWN,
+                refusal.message,
+            )
+            return info
+        if missing:
+            problem = f"SGLang {info.version} is newer than this sidecar knows ({NEWEST_KNOWN}), and has no "
+            return replace(info, unsupported=f"{problem}{', '.join(missing)}; upgrade the sidecar")
+        logger.warning(
+            "SGLang %s is newer than %s, the newest that this sidecar was run with; "
+            "it has the routes of %s, whose rules are followed",
+            info.version,
+            NEWEST_KNOWN,
+            info.dialect.name,
+        )
         return info
 
     async def look(self) -> None:

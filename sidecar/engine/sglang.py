@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from sidecar.config import Timeouts
+from sidecar.config import EngineKeys, Timeouts
 from sidecar.engine.http import EngineHttp
 from sidecar.engine.info import DIALECTS, Dialect
 from sidecar.engine.life import EngineLife
@@ -52,9 +52,11 @@ T = TypeVar("T")
 class SGLangEngine(EngineLife):
     """One SGLang server; the coordinator's ``Engine``."""
 
-    def __init__(self, url: str, timeouts: Timeouts, gpu_uuids: Sequence[str] = ()) -> None:
-        super().__init__(url, timeouts, gpu_uuids)
-        self._steps = EngineHttp(url)
+    def __init__(
+        self, url: str, timeouts: Timeouts, gpu_uuids: Sequence[str] = (), keys: EngineKeys | None = None
+    ) -> None:
+        super().__init__(url, timeouts, gpu_uuids, keys)
+        self._steps = EngineHttp(url, keys)
         self._bound: tuple[int, Dialect] = (0, DIALECTS[0])
         """The epoch that the update in hand began with, and the rules it follows."""
 

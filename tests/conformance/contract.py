@@ -11,6 +11,7 @@ Invariant: no check loads weights, and none does what would kill some release.
 import time
 from collections.abc import Callable
 
+from sidecar.engine.info import NEEDED_ROUTES, SESSION_ROUTES
 from tests.conformance.client import EngineUnderTest, adapter_outcome, is_schema_error, outcome
 
 Check = Callable[[EngineUnderTest], None]
@@ -60,6 +61,12 @@ def unknown_paths_are_404_and_wrong_methods_405(engine: EngineUnderTest) -> None
     assert (reply.status_code, reply.json()) == (404, {"detail": "Not Found"})
     reply = engine.get("/update_weights_from_tensor")
     assert (reply.status_code, reply.json()) == (405, {"detail": "Method Not Allowed"})
+
+
+def routes_are_described(engine: EngineUnderTest) -> None:
+    paths = engine.get("/openapi.json").json()["paths"]
+    assert set(NEEDED_ROUTES) <= set(paths)
+    assert set(SESSION_ROUTES).isdisjoint(paths) is not engine.since("0.5.21")
 
 
 def sessions_exist_since_0_5_21(engine: EngineUnderTest) -> None:
@@ -332,6 +339,7 @@ CHECKS: tuple[Check, ...] = (
     server_info_describes_the_layout,
     server_info_has_the_fields_of_its_release,
     unknown_paths_are_404_and_wrong_methods_405,
+    routes_are_described,
     sessions_exist_since_0_5_21,
     a_session_opens_once_and_closes_once,
     session_calls_need_a_body_and_a_known_selector,

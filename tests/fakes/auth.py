@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tests.fakes.calls import Call, Reply, json_reply
 
 _PUBLIC = ("/health", "/ready")
-_NORMAL = ("/model_info", "/get_model_info", "/server_info", "/get_server_info", "/generate")
+_NORMAL = ("/model_info", "/get_model_info", "/server_info", "/get_server_info", "/generate", "/openapi.json")
 
 
 @dataclass(frozen=True, slots=True)

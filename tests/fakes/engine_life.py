@@ -62,6 +62,8 @@ class Settings:
     """How the replay loader behaves, where it is one of them."""
     server_info: Mapping[str, object]
     """Added to /server_info last."""
+    without_routes: Collection[str] = ()
+    """Paths that it does not have."""
 
 
 class EngineLife:
@@ -90,6 +92,7 @@ class EngineLife:
             "/flush_cache": self._flush_cache,
             "/weights_checker": self._weights_checker,
             "/health": self._healthy,
+            "/openapi.json": self._openapi,
             MODELS: self.lora.models,
         }
         self._posts: dict[str, Callable[[Call], Reply]] = {
@@ -111,6 +114,13 @@ class EngineLife:
             self._posts["/end_weight_update"] = self._end_weight_update
         if self._dialect.has_ready:
             self._gets["/ready"] = self._ready
+        for path in settings.without_routes:
+            self._gets.pop(path, None)
+            self._posts.pop(path, None)
+
+    def _openapi(self, _: Call) -> Reply:
+        """What FastAPI says of itself; of a path, only that it is there."""
+        return json_reply(200, {"paths": {path: {} for path in (*self._gets, *self._posts)}})
 
     def kill(self) -> None:
         """End this life; whoever waits in it gets ``EngineDied``."""
@@ -130,7 +140,7 @@ class EngineLife:
         """Do what the call asks for. ``before`` runs when its turn has come; it may wait and may kill."""
         if call.path in (LOAD, UNLOAD):
             return self.lora.act(call, lambda: self._scheduled(call, route, before, fault))
-        if call.path in ("/generate", "/model_info", "/get_model_info", "/health", "/ready", MODELS):
+        if call.path in ("/generate", "/model_info", "/get_model_info", "/health", "/ready", "/openapi.json", MODELS):
             before()
             reply = route(call)
             self._check_alive()

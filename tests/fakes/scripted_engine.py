@@ -46,6 +46,7 @@ class ScriptedEngine:
         api_key: str | None = None,
         admin_api_key: str | None = None,
         server_info: Mapping[str, object] | None = None,
+        without_routes: Collection[str] = (),
         port: int = 0,
     ) -> None:
         self._keys = Keys(api_key, admin_api_key)
@@ -58,6 +59,7 @@ class ScriptedEngine:
             known_names=known_names,
             custom_loaders=(*custom_loaders, LOADER) if replay else custom_loaders,
             replay=replay or ReplayScript(),
+            without_routes=without_routes,
             server_info={"api_key": api_key, "admin_api_key": admin_api_key} | dict(server_info or {}),
         )
         self.calls: list[Call] = []

@@ -120,7 +120,7 @@ def test_a_sidecar_that_dies_again_and_again_leaves_no_growing_heap_of_memory(st
     pair = start(tp_size=1)
     tensors = [("a", torch.zeros(256))]
     held = []
-    with WeightSyncClient(pair.target, rank=0, tp_size=1) as client:
+    with WeightSyncClient(pair.target, rank=0, tp_size=1, restart_patience=0.0) as client:
         client.update_weights(tensors, version="1", timeout=10)
         os.kill(pair.process.pid, signal.SIGKILL)
         assert pair.process.process.wait_exit(5)
@@ -176,7 +176,7 @@ def test_the_sidecars_metrics_are_not_mixed_into_the_engines(tmp_path: Path, mon
         engine_url="http://127.0.0.1:9",
         listen=f"unix:{tmp_path}/s.sock",
         log_path=tmp_path / "log",
-        args=("--metrics-port", str(port)),
+        args=("--http-listen", f"127.0.0.1:{port}"),
     )
     with SidecarProcess(config), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         assert "weightsync_ready 0.0" in answer.read().decode()

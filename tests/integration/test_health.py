@@ -142,7 +142,7 @@ def test_capabilities_say_what_can_be_asked_for(pair: Pair) -> None:
 
 def test_metrics_count_updates_by_outcome(start: StartPair) -> None:
     port = free_port()
-    pair = start("--metrics-port", str(port))
+    pair = start("--http-listen", f"127.0.0.1:{port}")
     pair.update("counted")
     break_an_update(pair)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:

@@ -96,9 +96,7 @@ def test_beyond_loopback_it_listens_only_if_told_so_and_then_warns(tmp_path: Pat
             rpc = pb_grpc.WeightSyncServiceStub(channel)
             wait_until(lambda: rpc.GetStatus(pb.GetStatusRequest(), timeout=ANSWER_S).state == pb.SIDECAR_STATE_READY)
         assert pair.update("over tcp").state == pb.UPDATE_STATE_COMMITTED
-        warning = (
-            f"WARNING sidecar.server: 0.0.0.0:{port} has no TLS (--insecure): every host that reaches it may change"
-        )
+        warning = f"WARNING sidecar.server: 0.0.0.0:{port} is open (--insecure): every host that reaches it may change"
         assert warning in pair.process.process.log_text()
 
 

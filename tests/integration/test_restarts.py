@@ -142,7 +142,7 @@ def test_a_sidecar_that_was_killed_before_the_first_bucket_is_undone_by_its_succ
 
 def test_a_sidecar_that_is_down_costs_a_trainer_no_memory(start: StartPair) -> None:
     pair = start(tp_size=1)
-    with WeightSyncClient(pair.target, rank=0, tp_size=1) as client:
+    with WeightSyncClient(pair.target, rank=0, tp_size=1, restart_patience=0.0) as client:
         client.update_weights([("a", torch.zeros(64))], version="1", timeout=10)
         pair.process.stop()
         for _ in range(3):

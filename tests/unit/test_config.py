@@ -32,7 +32,7 @@ def test_loopback_hosts_are_addresses(text: str, host: str, port: int) -> None:
 @pytest.mark.parametrize("text", ["0.0.0.0:1", "10.0.0.1:1", "example.com:1", "[::]:1"])
 def test_an_address_that_others_could_reach_is_refused_unless_that_is_what_is_wanted(text: str) -> None:
     listen = parse_address(text)
-    said = rf"'{re.escape(text)}' is not a loopback address, and the sidecar has no TLS: .* or say --insecure if"
+    said = rf"'{re.escape(text)}' is not a loopback address: it needs TLS .* or say --insecure if"
     with pytest.raises(ValueError, match=said):
         ServeConfig(engine_url="http://h:1", listen=listen)
     config = ServeConfig(engine_url="http://h:1", listen=listen, insecure=True)

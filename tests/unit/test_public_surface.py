@@ -17,8 +17,8 @@ NOT_USED_BY_THE_ADAPTER: set[str] = set()
 
 def test_the_adapters_names_are_these() -> None:
     assert adapter.__all__ == [
-        "EngineUnreachable", "GenerateClient", "Generation", "IncompatibleSidecar", "LaunchError", "MemoryNeed",
-        "MemoryNotExportable", "RanksMissing",
+        "Credentials", "EngineUnreachable", "GenerateClient", "Generation", "IncompatibleSidecar", "LaunchError",
+        "MemoryNeed", "MemoryNotExportable", "NotAllowed", "RanksMissing",
         "SidecarUnreachable", "TensorSpec", "UpdateAborted", "UpdateFailed", "UpdateRefused", "UpdateResult",
         "UpdateStillApplying", "VerlEngine", "WeightSyncClient", "WeightSyncError", "allocate_flat",
     ]  # fmt: skip
@@ -28,7 +28,7 @@ def test_the_adapters_names_are_these() -> None:
 def test_the_clients_parameters_are_these() -> None:
     assert list(inspect.signature(adapter.WeightSyncClient).parameters) == [
         "target", "rank", "tp_size", "bucket_bytes", "staging_buffers", "device", "fused_groups",
-        "allow_expandable_segments",
+        "allow_expandable_segments", "credentials", "restart_patience",
     ]  # fmt: skip
     assert list(inspect.signature(adapter.WeightSyncClient.update_weights).parameters) == [
         "self", "named_tensors", "version", "update_id", "specs", "in_place", "check_finite", "pause_mode",

@@ -1,0 +1,90 @@
+"""The gate of every call: who may make it, and how many may be open at a time.
+
+Stands inside ``interceptors``, which maps what is raised here. Invariant: no method's code runs for a caller that may
+not call it; health answers whatever else is going on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+
+from sidecar import access
+from sidecar.access import CALLER, Caller, Role
+from sidecar.config import AccessRules
+from sidecar.errors import LimitExceeded, Reason, SyncError
+from sidecar.tracing import TRACE, trace_of
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Wraps each method once."""
+
+    def __init__(self, rules: AccessRules, max_open_calls: int) -> None:
+        self._rules = rules
+        self._max_open = max_open_calls
+        self._open = 0
+        self._guarded: dict[str, Handler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The method behind its gate."""
+        method = handler_call_details.method
+        if known := self._guarded.get(method):
+            return known
+        handler = await continuation(handler_call_details)
+        if handler is None or access.needed(method) is Role.NOBODY:
+            return handler
+        self._guarded[method] = self._behind_gate(handler, method)
+        return self._guarded[method]
+
+    def _behind_gate(self, handler: Handler, method: str) -> Handler:
+        codec = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(self._unary(handler.unary_unary, method), **codec)
+        assert handler.stream_stream is not None, "the one stream is reflection's"
+        return grpc.stream_stream_rpc_method_handler(self._stream(handler.stream_stream, method), **codec)
+
+    def _unary(self, behaviour: Callable[..., Any], method: str) -> Callable[[Any, Context], Awaitable[Any]]:
+        async def call(request: Any, context: Context) -> Any:
+            CALLER.set(self._admit(method, context))
+            TRACE.set(trace_of(context.invocation_metadata() or ()))
+            self._open += 1
+            try:
+                return await behaviour(request, context)
+            finally:
+                self._open -= 1
+
+        return call
+
+    def _stream(self, behaviour: Callable[..., Any], method: str) -> Callable[[Any, Context], AsyncIterator[Any]]:
+        async def call(requests: Any, context: Context) -> AsyncIterator[Any]:
+            try:
+                self._admit(method, context)
+            except SyncError as error:
+                await context.abort(error.status, error.message)
+            self._open += 1
+            try:
+                async for response in behaviour(requests, context):
+                    yield response
+            finally:
+                self._open -= 1
+
+        return call
+
+    def _admit(self, method: str, context: Context) -> Caller:
+        if self._open >= self._max_open:
+            message = f"{self._open} calls are open, as many as --max-open-calls allows; try again later"
+            raise LimitExceeded(Reason.TOO_MANY_CALLS, message, openCalls=self._open)
+        proven: Any = context.auth_context()
+        return access.admit(self._rules, method, context.invocation_metadata() or (), proven)
