@@ -20,6 +20,7 @@ from adapter.exports import Export
 from adapter.known_manifest import KnownManifests
 from adapter.ledger import ExportLedger
 from adapter.planner import Plan
+from adapter.progress import Progress
 from adapter.sidecar_stub import SidecarStub
 from sidecar.v1 import weight_sync_pb2 as pb
 
@@ -83,6 +84,8 @@ class BucketedSend:
         self._buckets = buckets
         self._give_up = time.monotonic() + timeout_s
         self._in_flight: deque[_Push] = deque()
+        sizes = [bucket.num_bytes for bucket in buckets.plan.buckets]
+        self._progress = Progress(f"weights {header.weight_version}", header.rank, sizes)
 
     def run(self) -> pb.UpdateOutcome:
         """Send everything; the committed outcome. Raises ``WeightSyncError`` or ``ValueError``."""
@@ -90,11 +93,12 @@ class BucketedSend:
         begin = pb.BeginUpdateRequest(update=self._header, manifest=self._known.reference(plan))
         self._known.call(self._stub, self._stub.rpc.BeginUpdate, begin, plan, self._left())
         commit = pb.CommitUpdateRequest(update_id=self._header.update_id, rank=self._header.rank)
-        with self._held():
+        with self._held(), self._progress:
             try:
                 self._push_all()
                 self._buckets.expect_end()
                 self._buckets.check_sources()
+                self._progress.phase("committing")
                 return self._stub.call(self._stub.rpc.CommitUpdate, commit, self._left()).outcome
             except BaseException as error:
                 self._abort(error)
@@ -117,6 +121,7 @@ class BucketedSend:
         for bucket in range(len(self._buckets.plan.buckets)):
             if len(self._in_flight) == self._buckets.depth:
                 self._finish(self._in_flight.popleft())
+            self._progress.phase("filling")
             self._push(bucket, self._buckets.fill(bucket))
         while self._in_flight:
             self._finish(self._in_flight.popleft())
@@ -133,9 +138,11 @@ class BucketedSend:
         """Wait until the engine has loaded a bucket and let its memory go."""
         # Asked for instead of raised: a future that raises itself keeps this frame, and so itself, until a garbage
         # collection comes round.
+        self._progress.phase("waiting for the engine")
         failure = push.answer.exception()
         if failure is not None:
             raise self._failed(push, failure) from failure
+        self._progress.loaded()
         self._ledger.settle_one(push.export)
 
     def _failed(self, push: _Push, failure: Exception) -> WeightSyncError:

@@ -41,6 +41,9 @@ from sidecar.verification import Verifier
 
 logger = logging.getLogger(__name__)
 
+NO_SUCH_ROUTE = ("404", "405")
+"""What a server answers that does not have a route: nothing has been done."""
+
 # With retract on 0.5.21 and later, and with abort, a flush works at once or after a step; with requests that wait
 # on older releases it never does, and generation is paused meanwhile.
 FLUSH_PATIENCE_S = 1.0
@@ -240,6 +243,9 @@ class Applier:
                 await self._engine.load_from_disk(model_path)
             except EngineUnreachable:
                 update.touched = False
+                raise
+            except EngineRefused as refusal:
+                update.touched = refusal.details.get("httpStatus") not in NO_SUCH_ROUTE
                 raise
 
     async def _make_visible(self, update: Update) -> None:

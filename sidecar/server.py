@@ -126,8 +126,10 @@ class SidecarServer:
     def _readyz(self) -> Answer:
         """In one word; the reason is told by ``status``, to those who may look."""
         standing = self._coordinator.standing
-        ready = standing.ready and not self._stop.is_set()
-        return Answer(f"{standing.state.name.lower()}\n".encode(), 200 if ready else 503)
+        if standing.ready and not self._stop.is_set():
+            return Answer(f"{standing.state.name.lower()}\n".encode())
+        word = "not_ready" if standing.state is SidecarState.READY else standing.state.name.lower()
+        return Answer(f"{word}\n".encode(), 503)
 
     def _exposition(self) -> Answer:
         return Answer(self._metrics.exposition(), content_type=CONTENT_TYPE)

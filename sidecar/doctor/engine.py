@@ -16,7 +16,7 @@ from sidecar.doctor.host import Host
 from sidecar.doctor.namespaces import forwarder
 from sidecar.doctor.situation import DoctorOptions, EngineSeen, Situation
 from sidecar.doctor.threads import in_thread
-from sidecar.engine.info import OLDEST_SUPPORTED, parse
+from sidecar.engine.info import NEWEST_KNOWN, OLDEST_SUPPORTED, parse
 from sidecar.errors import EngineError, EngineRefused, EngineUnreachable
 
 REFUSED_KEY = ("401", "403")
@@ -101,6 +101,9 @@ def release(situation: Situation) -> Iterable[Finding]:
     if info.unsupported:
         return [fail(Check.RELEASE, f"updates are refused: {info.unsupported}", _mend(info.unsupported))]
     layout = f"tp_size {info.tp_size} on {info.device}, {info.nnodes} node" + "s" * (info.nnodes > 1)
+    if info.is_unknown:
+        newer = f"SGLang {info.version} is newer than {NEWEST_KNOWN}, the newest that was run with; it is asked for routes"
+        return [warn(Check.RELEASE, newer, "look for a newer sidecar, or at the log of this one")]
     return [ok(Check.RELEASE, f"SGLang {info.version} (dialect {info.dialect.name}), {layout}")]
 
 

@@ -43,6 +43,7 @@ NEEDED_ROUTES = (
     "/flush_cache",
     "/update_weight_version",
     "/continue_generation",
+    "/update_weights_from_distributed",  # the session probe
 )
 SESSION_ROUTES = ("/begin_weight_update", "/end_weight_update")
 
@@ -134,7 +135,7 @@ def parse(server_info: Mapping[str, Any]) -> EngineInfo:
         ep_size=_number(server_info, "ep_size"),
         moves_experts=bool(server_info.get("enable_eplb") or server_info.get("elastic_ep_backend")),
         has_replay_loader=REPLAY_FORMAT in (server_info.get("custom_weight_loader") or ()),
-        is_unknown=_is_since(version, NEWEST_KNOWN) and Version(version) != NEWEST_KNOWN,
+        is_unknown=_is_newer(version),
         unsupported=unsupported or _unsupported_layout(server_info, dialect),
     )
 
@@ -176,6 +177,14 @@ def _dialect(version: str) -> tuple[Dialect, str]:
 def _is_since(version: str, first: Version) -> bool:
     try:
         return Version(version) >= first
+    except InvalidVersion:
+        return False
+
+
+def _is_newer(version: str) -> bool:
+    """Than any that is known here; a local build of one that is known ("0.5.23+cpu") is not."""
+    try:
+        return Version(Version(version).public) > NEWEST_KNOWN
     except InvalidVersion:
         return False
 

@@ -15,7 +15,7 @@ from sidecar.engine import gpus
 from sidecar.engine.http import EngineHttp
 from sidecar.engine.info import NEWEST_KNOWN, EngineInfo, missing_routes, parse
 from sidecar.engine.listener import is_alive, listener_of
-from sidecar.errors import EngineRefused
+from sidecar.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
@@ -81,26 +81,17 @@ class EngineLife:
 
     async def _asked_for_routes(self, info: EngineInfo) -> EngineInfo:
         """Of a release that nobody knows here: refused if it says that it lacks something, warned about in any case."""
+        newer = f"SGLang {info.version} is newer than {NEWEST_KNOWN}, the newest that this sidecar was run with"
         try:
             missing = missing_routes(info, await self._looks.get("/openapi.json", self._timeouts.probe))
-        except EngineRefused as refusal:
-            logger.warning(
-                "SGLang %s is newer than %s, and does not say what it can do: %s",
-                info.version,
-                NEWEST_KNOWN,
-                refusal.message,
-            )
+        except EngineError as error:
+            logger.warning("%s, and does not say what it can do: %s", newer, error.message)
             return info
         if missing:
-            problem = f"SGLang {info.version} is newer than this sidecar knows ({NEWEST_KNOWN}), and has no "
-            return replace(info, unsupported=f"{problem}{', '.join(missing)}; upgrade the sidecar")
-        logger.warning(
-            "SGLang %s is newer than %s, the newest that this sidecar was run with; "
-            "it has the routes of %s, whose rules are followed",
-            info.version,
-            NEWEST_KNOWN,
-            info.dialect.name,
-        )
+            problem = f"{newer}, and has no {', '.join(missing)}; upgrade the sidecar"
+            logger.warning("%s", problem)
+            return replace(info, unsupported=problem)
+        logger.warning("%s; it has the routes of %s, whose rules are followed", newer, info.dialect.name)
         return info
 
     async def look(self) -> None:

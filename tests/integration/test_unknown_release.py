@@ -2,7 +2,7 @@
 
 from sidecar.v1 import weight_sync_pb2 as pb
 from tests.integration.conftest import StartPair
-from tests.integration.support import refusal
+from tests.integration.support import ANSWER_S, refusal
 
 
 def test_a_newer_release_that_has_the_routes_is_used_and_warned_about(start: StartPair) -> None:
@@ -23,8 +23,21 @@ def test_a_newer_release_without_a_route_that_is_needed_is_refused_by_name(start
     pair = start(release="0.9.0", without_routes=("/end_weight_update",))
     refused = refusal(pair.send(pair.request("7", 0)))
     assert refused.reason == "ENGINE_UNSUPPORTED"
-    assert "SGLang 0.9.0 is newer than this sidecar knows (0.5.23), and has no /end_weight_update" in refused.message
+    assert (
+        "SGLang 0.9.0 is newer than 0.5.23, the newest that this sidecar was run with, and has no /end_weight_update"
+        in refused.message
+    )
     assert pair.posts() == []
+    assert "and has no /end_weight_update; upgrade the sidecar" in pair.process.process.log_text()
+
+
+def test_a_release_without_the_route_of_a_disk_update_stays_clean(start: StartPair) -> None:
+    pair = start(release="0.9.0", without_routes=("/update_weights_from_disk",))
+    request = pb.UpdateWeightsFromDiskRequest(update_id="disk", weight_version="7", model_path="/models/other")
+    refused = refusal(pair.rpc.UpdateWeightsFromDisk.future(request, timeout=ANSWER_S))
+    assert "404" in refused.message
+    assert pair.wait_for(pb.SIDECAR_STATE_READY).weight_version
+    assert not pair.is_paused()
 
 
 def test_a_release_that_is_known_is_not_asked(start: StartPair) -> None:

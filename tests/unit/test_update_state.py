@@ -7,7 +7,7 @@ import pytest
 from sidecar.errors import InvalidRequest, RankAlreadyDelivered, Reason, SyncError, UnsuitableEngine, UpdateConflict
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.memory import SharedMemory
-from sidecar.update import Header, PauseMode, Update, UpdateState
+from sidecar.update import Header, PauseMode, Phase, Update, UpdateState
 
 HEADER = Header(update_id="u1", weight_version="v1", rank=0, tp_size=2)
 MANIFEST = Manifest(tuple(BucketSpec(64, (TensorSpec(name, "uint8", (64,), 0, 64),)) for name in ("first", "second")))
@@ -158,3 +158,15 @@ def test_a_trainer_of_another_size_than_the_engine_is_refused() -> None:
         HEADER.check(4)
     assert raised.value.reason is Reason.TP_SIZE_MISMATCH
     assert raised.value.details == {"rank": "0", "tpSize": "2", "engineTpSize": "4"}
+
+
+def test_the_phase_it_is_in_is_told_with_the_time_so_far() -> None:
+    update = new_update()
+    update.started = 10.0
+    assert update.spent(10.5) == {Phase.COLLECT: 0.5}
+    update.phase_seconds[Phase.COLLECT] = 1.0
+    assert update.spent(11.0) == {Phase.COLLECT: 1.0}
+    update.phase, update.phase_since = Phase.PAUSE, 11.0
+    assert update.spent(11.25) == {Phase.COLLECT: 1.0, Phase.PAUSE: 0.25}
+    update.end(UpdateState.ABORTED, ERROR)
+    assert update.spent(20.0) == {Phase.COLLECT: 1.0}
