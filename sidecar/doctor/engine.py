@@ -102,7 +102,7 @@ def release(situation: Situation) -> Iterable[Finding]:
         return [fail(Check.RELEASE, f"updates are refused: {info.unsupported}", _mend(info.unsupported))]
     layout = f"tp_size {info.tp_size} on {info.device}, {info.nnodes} node" + "s" * (info.nnodes > 1)
     if info.is_unknown:
-        newer = f"SGLang {info.version} is newer than {NEWEST_KNOWN}, the newest that was run with; it is asked for routes"
+        newer = f"SGLang {info.version} is newer than {NEWEST_KNOWN}, the newest known; its routes are asked for"
         return [warn(Check.RELEASE, newer, "look for a newer sidecar, or at the log of this one")]
     return [ok(Check.RELEASE, f"SGLang {info.version} (dialect {info.dialect.name}), {layout}")]
 

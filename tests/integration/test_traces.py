@@ -9,7 +9,7 @@ from adapter import WeightSyncClient
 from sidecar.tracing import trace_of
 from sidecar.v1 import weight_sync_pb2 as pb
 from tests.integration.conftest import StartPair
-from tests.integration.support import wait_until
+from tests.integration.support import LOAD, wait_until
 
 SENT = f"00-{'a' * 32}-{'b' * 16}-01"
 WEIGHTS = [("layer.0.weight", torch.ones(2, 3))]
@@ -32,6 +32,18 @@ def test_the_calls_of_an_update_carry_the_trainers_trace(start: StartPair) -> No
         pair.mark()
         client.update_weights(WEIGHTS, version="2")
     assert all("traceparent" not in call.headers for call in pair.engine.calls[pair._mark :])
+
+
+def test_an_update_in_several_buckets_carries_the_trace_of_its_beginning(start: StartPair) -> None:
+    pair = start(tp_size=1)
+    tracer = TracerProvider().get_tracer("trainer")
+    weights = [(f"layer.{i}.weight", torch.ones(8, 8)) for i in range(3)]
+    client = WeightSyncClient(pair.target, rank=0, tp_size=1, bucket_bytes=256)
+    with client, tracer.start_as_current_span("rl step") as span:
+        client.update_weights(weights, version="1")
+    loads = [call.headers.get("traceparent") or "" for call in pair.engine.calls if call.path == LOAD]
+    assert len(loads) == 3
+    assert {load.split("-")[1] for load in loads} == {trace.format_trace_id(span.get_span_context().trace_id)}
 
 
 def test_an_update_belongs_to_the_first_trace_that_one_of_its_ranks_brings(start: StartPair) -> None:
