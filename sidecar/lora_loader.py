@@ -264,8 +264,8 @@ class LoraLoader:
         load.start_applying()
 
     async def _apply(self, load: Update, spec: AdapterSpec, known: KnownManifest) -> None:
-        load.phase = Phase.LOAD
-        started = time.monotonic()
+        load.phase, load.phase_since = Phase.LOAD, time.monotonic()
+        started = load.phase_since
         self._engine.attach()
         await self._unloads.finish()
         unloaded = await self._make_room(spec)

@@ -10,6 +10,7 @@ Invariant: the port is served within the process's first moments, whether the en
 
 import asyncio
 import logging
+import os
 import signal
 import time
 
@@ -35,6 +36,7 @@ from sidecar.probes import Answer, ProbeServer
 from sidecar.replay import Replay
 from sidecar.servicer import SERVICE_NAME, WeightSyncServicer
 from sidecar.standing import SidecarState
+from sidecar.tracing import spans_of
 from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class SidecarServer:
             Journal(config.journal),
             replay=self._replay,
             accept_checkpoint=config.accept_checkpoint,
+            spans=spans_of(os.environ),
         )
         self._metrics.watch(_Present(self._coordinator))
         self._lora = LoraLoader(self._engine, config.timeouts, self._coordinator)
