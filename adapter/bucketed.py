@@ -91,7 +91,10 @@ class BucketedSend:
         """Send everything; the committed outcome. Raises ``WeightSyncError`` or ``ValueError``."""
         plan = self._buckets.plan
         begin = pb.BeginUpdateRequest(update=self._header, manifest=self._known.reference(plan))
-        self._known.call(self._stub, self._stub.rpc.BeginUpdate, begin, plan, self._left())
+        method = self._stub.rpc.BeginUpdate
+        self._stub.across_restarts(
+            lambda left_s: self._known.call(self._stub, method, begin, plan, left_s), self._left()
+        )
         commit = pb.CommitUpdateRequest(update_id=self._header.update_id, rank=self._header.rank)
         with self._held(), self._progress:
             try:

@@ -265,6 +265,7 @@ class WeightSyncClient:
             pinned=pinned,
             replace=replace,
         )
+        self._update_timeout = timeout
         device = self._staging_device(self._engine())
         return LoraSender(self._stub, self._ledger).load(request, named_tensors, device, timeout)
 

@@ -5,6 +5,7 @@ Invariant: a token is never sent unencrypted to another host, and is in no ``rep
 
 import ipaddress
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Credentials:
         return bool(self.token or self.token_file)
 
     def _read_token(self) -> str:
-        return self.token_file.read_text().strip() if self.token_file else self.token
+        return "".join(self.token_file.read_text().split()) if self.token_file else self.token
 
     def _tls(self) -> grpc.ChannelCredentials:
         ca, key, certificate = (path.read_bytes() if path else None for path in (self.ca, self.key, self.certificate))
@@ -80,7 +81,14 @@ class _Bearer(grpc.UnaryUnaryClientInterceptor):
     """Adds the token to every call."""
 
     def __init__(self, token: Callable[[], str]) -> None:
-        self._token = token
+        self._read = token
+        self._text = token()
+
+    def _token(self) -> str:
+        """As it is now; while its file is being replaced, as it was."""
+        with suppress(OSError):
+            self._text = self._read() or self._text
+        return self._text
 
     def intercept_unary_unary(
         self, continuation: Callable[[Any, Any], Any], client_call_details: Any, request: Any

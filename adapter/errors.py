@@ -133,7 +133,9 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> WeightSyncError:
     code, info = call.code(), _error_info(call)
     kind = _BY_REASON.get(info.reason) or _BY_CODE.get(code, WeightSyncError)
     details = call.details() or code.name
-    if not info.reason:
+    if code is grpc.StatusCode.CANCELLED and call.details():  # here, or on the way: nobody knows what became of it
+        details = f"the call to the sidecar at {target} was cancelled ({details})"
+    elif not info.reason:
         details = _SENTENCES.get(code, "the sidecar at {target} failed: {details}").format(
             target=target, details=details
         )

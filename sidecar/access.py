@@ -6,7 +6,6 @@ a token where there are tokens, be named where clients are named. Invariant: a m
 
 import hmac
 from collections.abc import Iterable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -41,11 +40,6 @@ class Caller:
     role: Role = Role.UPDATE
 
 
-ANYBODY = Caller()
-CALLER: ContextVar[Caller] = ContextVar("caller", default=ANYBODY)
-"""Of the call that this task answers."""
-
-
 def needed(method: str) -> Role:
     """The role that a method wants."""
     if method.startswith(OPEN_SERVICES):
@@ -74,7 +68,7 @@ def _by_token(rules: AccessRules, metadata: Metadata) -> Role:
     if not rules.has_tokens:
         return Role.UPDATE
     token = _token(metadata)
-    for secret, role in ((rules.update_token, Role.UPDATE), (rules.look_token, Role.LOOK)):
+    for secret, role in ((rules.look_token, Role.LOOK), (rules.update_token, Role.UPDATE)):  # the same text: the lesser
         if _is(token, secret):
             return role
     problem = "is not one that this sidecar accepts" if token else "is missing"

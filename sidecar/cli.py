@@ -60,10 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sglang-weight-sync", description="Freshly trained weights into SGLang.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="run the sidecar beside an SGLang server")
+    serve = commands.add_parser("serve", help="run the sidecar beside an SGLang server", allow_abbrev=False)
     settings.add_flags(serve)
     serve.set_defaults(run=_serve)
-    doctor = commands.add_parser("doctor", help="tell whether weight sync will work here, before the first crash")
+    doctor = commands.add_parser(
+        "doctor", help="tell whether weight sync will work here, before the first crash", allow_abbrev=False
+    )
     doctor_flags.add_arguments(doctor)
     doctor.set_defaults(run=_doctor)
     health = commands.add_parser("health", help="exit 0 if the sidecar is ready to update its engine, else 1")
@@ -98,7 +100,7 @@ def _serve(options: argparse.Namespace) -> int:
     logs.configure(values["log-level"], logs.LogForm(values["log-format"]))
     try:
         clean = serve(config)
-    except (AddressInUseError, OSError) as error:
+    except (AddressInUseError, OSError, ValueError) as error:
         return _fail(str(error), EXIT_CANNOT_START)
     return 0 if clean else _leave_at_once()
 

@@ -145,6 +145,8 @@ class Limits:
         for name in self.__dataclass_fields__:
             if getattr(self, name) < 1:
                 raise ValueError(f"--max-{name.replace('_', '-')} must be at least 1")
+        if self.message_bytes >= 1 << 31:
+            raise ValueError("--max-message-bytes must be below 2 GiB, which gRPC cannot exceed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +205,9 @@ class ServeConfig:
             raise ValueError("--update-clients names client certificates: it needs --tls-client-ca, which checks them")
         if self.access.look_token and not self.access.update_token:
             raise ValueError("with --look-token-file alone nobody may update: give --update-token-file too")
+        update, look = self.access.update_token.text(), self.access.look_token.text()
+        if look and look == update:
+            raise ValueError("the update token and the look token are the same: those who look could update")
         if self.drain_s < 0 or self.lame_duck_s < 0:
             raise ValueError("--drain-timeout and --lame-duck must not be negative")
         if self.journal_path is not None and not self.journal_path.parent.is_dir():
@@ -247,8 +252,11 @@ def default_listen() -> str:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     parent = Path(runtime) if runtime and os.path.isdir(runtime) else Path(tempfile.gettempdir())
     folder = parent / f"sglang-weight-sync-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    stat = folder.lstat()
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        stat = folder.lstat()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made ({error.strerror}); name a socket with --listen") from error
     if stat.st_uid != os.getuid() or stat.st_mode & 0o077:
         raise ValueError(f"{folder} is not a folder for this user alone; name another socket with --listen")
     return f"unix:{folder}/sidecar.sock"

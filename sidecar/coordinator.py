@@ -369,6 +369,7 @@ class Coordinator:
         update = self.find(update_id)
         if rank not in update.deliveries:
             raise refusals.not_begun(update_id, rank)
+        update.check_owner(rank)
         return update
 
     def _check_kept(self, header: Header, handles: Mapping[int, Memory]) -> None:

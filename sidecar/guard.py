@@ -10,15 +10,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from sidecar import access
-from sidecar.access import CALLER, Caller, Role
+from sidecar.access import Caller, Role
 from sidecar.config import AccessRules
-from sidecar.errors import LimitExceeded, Reason, SyncError
+from sidecar.errors import InvalidRequest, LimitExceeded, Reason, SyncError
+from sidecar.identity import CALLER
 from sidecar.tracing import TRACE, trace_of
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+MAX_STREAMS = 16
+"""Of reflection; they count apart, so that who may only look keeps nobody from updating."""
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -28,6 +34,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._rules = rules
         self._max_open = max_open_calls
         self._open = 0
+        self._streams = 0
         self._guarded: dict[str, Handler] = {}
 
     async def intercept_service(
@@ -46,22 +53,31 @@ class Guard(grpc.aio.ServerInterceptor):
         return self._guarded[method]
 
     def _behind_gate(self, handler: Handler, method: str) -> Handler:
-        codec = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
+        """Requests come as bytes: what a stranger sends is not even parsed."""
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(self._unary(handler.unary_unary, method), **codec)
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(handler.unary_unary, handler.request_deserializer, method),
+                response_serializer=handler.response_serializer,
+            )
         assert handler.stream_stream is not None, "the one stream is reflection's"
-        return grpc.stream_stream_rpc_method_handler(self._stream(handler.stream_stream, method), **codec)
+        return grpc.stream_stream_rpc_method_handler(
+            self._stream(handler.stream_stream, method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
 
-    def _unary(self, behaviour: Callable[..., Any], method: str) -> Callable[[Any, Context], Awaitable[Any]]:
-        async def call(request: Any, context: Context) -> Any:
-            CALLER.set(self._admit(method, context))
+    def _unary(
+        self, behaviour: Callable[..., Any], parse: Callable[[bytes], Any] | None, method: str
+    ) -> Callable[[Any, Context], Awaitable[Any]]:
+        async def call(request: bytes, context: Context) -> Any:
+            CALLER.set(self._admit(method, context).name)
             TRACE.set(trace_of(context.invocation_metadata() or ()))
+            if self._open >= self._max_open:
+                message = f"{self._open} calls are open, as many as --max-open-calls allows; try again later"
+                raise LimitExceeded(Reason.TOO_MANY_CALLS, message, openCalls=self._open)
             self._open += 1
             try:
-                return await behaviour(request, context)
+                return await behaviour(_parsed(request, parse, method), context)
             finally:
                 self._open -= 1
 
@@ -73,18 +89,25 @@ class Guard(grpc.aio.ServerInterceptor):
                 self._admit(method, context)
             except SyncError as error:
                 await context.abort(error.status, error.message)
-            self._open += 1
+            if self._streams >= MAX_STREAMS:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_STREAMS} streams are open; try later")
+            self._streams += 1
             try:
                 async for response in behaviour(requests, context):
                     yield response
             finally:
-                self._open -= 1
+                self._streams -= 1
 
         return call
 
     def _admit(self, method: str, context: Context) -> Caller:
-        if self._open >= self._max_open:
-            message = f"{self._open} calls are open, as many as --max-open-calls allows; try again later"
-            raise LimitExceeded(Reason.TOO_MANY_CALLS, message, openCalls=self._open)
         proven: Any = context.auth_context()
         return access.admit(self._rules, method, context.invocation_metadata() or (), proven)
+
+
+def _parsed(request: bytes, parse: Callable[[bytes], Any] | None, method: str) -> Any:
+    try:
+        return parse(request) if parse else request
+    except DecodeError:
+        message = f"{method.rpartition('/')[2]}: the bytes sent are no request of this protocol"
+        raise InvalidRequest(Reason.NOT_A_MESSAGE, message) from None

@@ -14,12 +14,11 @@ from urllib.parse import quote
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from sidecar.errors import InvalidRequest, Reason, SyncError
+from sidecar.errors import SyncError
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return handler
         self._handlers[method] = grpc.unary_unary_rpc_method_handler(
             self._mapped(handler.unary_unary, method),
-            request_deserializer=_or_none(handler.request_deserializer),
+            request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
         return self._handlers[method]
@@ -88,7 +87,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             code, reason = "CANCELLED", ""
             self._counts.call_began()
             try:
-                response = await behaviour(_message(request, name), context)
+                response = await behaviour(request, context)
                 code = "OK"
                 return response
             except SyncError as error:
@@ -107,26 +106,6 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 self._counts.call_ended(name, code, reason)
 
         return call
-
-
-def _or_none(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """None in place of a message for bytes that are none: gRPC would answer with the exception's own text."""
-    if deserializer is None:
-        return None
-
-    def deserialized(data: bytes) -> Any:
-        try:
-            return deserializer(data)
-        except DecodeError:
-            return None
-
-    return deserialized
-
-
-def _message(request: Any, name: str) -> Any:
-    if request is None:
-        raise InvalidRequest(Reason.NOT_A_MESSAGE, f"{name}: the bytes sent are no request of this protocol")
-    return request
 
 
 async def _abort(context: Context, error: SyncError) -> NoReturn:

@@ -4,10 +4,13 @@ Invariant: a socket file that another live sidecar holds is never taken over. gR
 delete it on exit; so a lock file beside it is held for as long as the process lives (the kernel lets go of it).
 """
 
+import errno
 import fcntl
+import hashlib
 import logging
 import os
 import socket
+import ssl
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,20 +50,18 @@ def claim_engine(url: str) -> socket.socket:
     the kernel.
     """
     parts = urlsplit(url)
-    host = (
-        "loopback"
-        if parts.hostname in ("localhost", "::1") or str(parts.hostname).startswith("127.")
-        else parts.hostname
-    )
+    here = parts.hostname in ("localhost", "::1", "::", "0.0.0.0") or str(parts.hostname).startswith("127.")  # noqa: S104
     port = parts.port or (443 if parts.scheme == "https" else 80)
+    engine = f"{'loopback' if here else parts.hostname}:{port}{parts.path.rstrip('/')}"
     held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        held.bind(f"\0sglang-weight-sync/{host}:{port}{parts.path.rstrip('/')}"[:100])
+        held.bind("\0sglang-weight-sync/" + hashlib.sha256(engine.encode()).hexdigest())
     except OSError as error:
         held.close()
-        raise AddressInUseError(
-            f"another sidecar on this host serves the engine at {url}; stop that one first"
-        ) from error
+        if error.errno != errno.EADDRINUSE:
+            raise
+        message = f"another sidecar on this host serves the engine at {url}; stop that one first"
+        raise AddressInUseError(message) from error
     return held
 
 
@@ -93,13 +94,14 @@ class _Certificates:
         """Called by gRPC, in a thread of its; None: as before."""
         try:
             return None if self._stamps() == self._seen else self._read()
-        except OSError as error:  # half-way through being replaced
+        except (OSError, ValueError) as error:  # half-way through being replaced
             logger.warning("the certificate is kept as it was: %s", error)
             return None
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
         files = self._files
         stamps = self._stamps()
+        _check(files)
         configuration = grpc.ssl_server_certificate_configuration(
             [(files.key.read_bytes(), files.certificate.read_bytes())],
             root_certificates=files.client_ca.read_bytes() if files.client_ca else None,
@@ -112,6 +114,18 @@ class _Certificates:
     def _stamps(self) -> object:
         paths = filter(None, (self._files.certificate, self._files.key, self._files.client_ca))
         return [(stat.st_mtime_ns, stat.st_ino, stat.st_size) for stat in map(os.stat, paths)]
+
+
+def _check(files: TlsFiles) -> None:
+    """Raise ``ValueError`` for files with which gRPC would serve, and fail at every handshake."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(files.certificate, files.key)
+        if files.client_ca is not None:
+            context.load_verify_locations(files.client_ca)
+    except ssl.SSLError as error:
+        problem = f"{files.certificate}, {files.key}" + (f" and {files.client_ca}" if files.client_ca else "")
+        raise ValueError(f"TLS cannot be served with {problem}: {error.reason or error}") from error
 
 
 def _lock(path: Path) -> None:

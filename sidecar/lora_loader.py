@@ -132,6 +132,7 @@ class LoraLoader:
             self._loads.add(load)
             self._end(load, refusals.aborted_by(load, header.rank, why))
         elif load.num_posted == 0:
+            load.check_owner(header.rank)
             self._abort(load, refusals.aborted_by(load, header.rank, why))
             await self._until(lambda: load.state.ended)
         return load

@@ -104,7 +104,8 @@ class Metrics:
     def ended(self, update: Update) -> None:
         """Count one update."""
         self._updates.labels(update.state.name.lower()).inc()
-        self._seconds.observe(max(0.0, update.ended_at - update.started))
+        if update.state is UpdateState.COMMITTED:
+            self._seconds.observe(max(0.0, update.ended_at - update.started))
         for phase, seconds in update.phase_seconds.items():
             self._phases.labels(phase.name.lower()).observe(seconds)
         if update.held_s is not None:

@@ -95,4 +95,8 @@ class ProbeServer:
         path = request.target.decode(errors="replace").partition("?")[0]
         if path not in self._answers:
             return Answer(f"there is only {', '.join(sorted(self._answers))}\n".encode(), 404)
-        return self._answers[path]()
+        try:
+            return self._answers[path]()
+        except Exception:  # the edge of the process: a defect must not look like a dead sidecar
+            logger.exception("a defect in the answer to %s", path)
+            return Answer(b"a defect in the sidecar; see its log\n", 500)

@@ -14,12 +14,12 @@ class Secret:
         """Raises ``ValueError`` for a file that cannot be read, is empty, or holds what no HTTP header can carry."""
         self._path = path
         self._seen: object = None
-        self._text = _checked(text, "the environment") if path is None else ""
+        self._text = _checked(text) if path is None else ""
         if path is not None:
             try:
                 self._read(path)
             except OSError as error:
-                raise ValueError(f"{path}: the secret cannot be read ({error.strerror})") from error
+                raise ValueError(f"the secret's file cannot be read ({error.strerror})") from None
 
     def __bool__(self) -> bool:
         return self._path is not None or bool(self._text)
@@ -38,16 +38,16 @@ class Secret:
         stat = path.stat()
         seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if seen != self._seen:
-            text = _checked(path.read_text(errors="replace"), str(path))
+            text = _checked(path.read_text(errors="replace"))
             if not text:
-                raise ValueError(f"{path}: the secret's file is empty")
+                raise ValueError("the secret's file is empty")
             self._text, self._seen = text, seen
 
 
-def _checked(text: str, source: str) -> str:
+def _checked(text: str) -> str:
     text = text.strip()
     if not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError(f"{source}: a secret must be one word of printable ASCII characters")
+        raise ValueError("a secret must be one word of printable ASCII characters")
     return text
 
 

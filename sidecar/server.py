@@ -31,7 +31,6 @@ from sidecar.listening import claim_engine, listen
 from sidecar.lora_loader import LoraLoader
 from sidecar.manifest_store import ManifestStore
 from sidecar.metrics import CONTENT_TYPE, Metrics
-from sidecar.owners import Owners
 from sidecar.probes import Answer, ProbeServer
 from sidecar.replay import Replay
 from sidecar.servicer import SERVICE_NAME, WeightSyncServicer
@@ -148,7 +147,7 @@ class SidecarServer:
         guard = Guard(self._config.access, self._config.limits.open_calls)
         server = grpc.aio.server(interceptors=[ErrorInterceptor(self._metrics), guard], options=options)
         servicer = WeightSyncServicer(
-            self._coordinator, self._lora, ManifestStore(), Owners(), self._config.timeouts, self._config.limits
+            self._coordinator, self._lora, ManifestStore(), self._config.timeouts, self._config.limits
         )
         pb_grpc.add_WeightSyncServiceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)

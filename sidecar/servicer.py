@@ -8,7 +8,6 @@ from sidecar.coordinator import Coordinator
 from sidecar.errors import InvalidRequest, NotKnown, Reason
 from sidecar.lora_loader import LoraLoader
 from sidecar.manifest_store import KnownManifest, ManifestStore
-from sidecar.owners import Owners
 from sidecar.update import Update
 from sidecar.v1 import weight_sync_pb2 as pb
 from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
@@ -32,14 +31,12 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
         coordinator: Coordinator,
         loader: LoraLoader,
         manifests: ManifestStore,
-        owners: Owners,
         timeouts: Timeouts,
         limits: Limits,
     ) -> None:
         self._coordinator = coordinator
         self._lora = loader
         self._manifests = manifests
-        self._owners = owners
         self._longest_s = timeouts.total
         self._limits = limits
 
@@ -67,7 +64,6 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
     async def UpdateWeights(self, request: pb.UpdateWeightsRequest, context: Context) -> pb.UpdateWeightsResponse:
         convert.refuse_unknown_fields(request)
         header = convert.header(request.update)
-        self._owners.claim(header.update_id, header.rank)
         handles = {i: convert.memory(handle, header.rank, i) for i, handle in enumerate(request.handles)}
         known = await self._manifest(request.manifest, header.rank)
         update = await self._coordinator.update_weights(header, known, handles, self._budget(context))
@@ -76,20 +72,17 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
     async def BeginUpdate(self, request: pb.BeginUpdateRequest, context: Context) -> pb.BeginUpdateResponse:
         convert.refuse_unknown_fields(request)
         header = convert.header(request.update)
-        self._owners.claim(header.update_id, header.rank)
         known = await self._manifest(request.manifest, header.rank)
         await self._coordinator.begin(header, known)
         return pb.BeginUpdateResponse(manifest_digest=known.digest)
 
     async def HoldUpdate(self, request: pb.HoldUpdateRequest, context: Context) -> pb.HoldUpdateResponse:
         convert.refuse_unknown_fields(request)
-        self._owners.claim(request.update_id, request.rank)
         update = await self._coordinator.hold(request.update_id, request.rank, self._budget(context))
         return pb.HoldUpdateResponse(outcome=convert.outcome(update))
 
     async def PushBucket(self, request: pb.PushBucketRequest, context: Context) -> pb.PushBucketResponse:
         convert.refuse_unknown_fields(request)
-        self._owners.claim(request.update_id, request.rank)
         memory = convert.memory(request.handle, request.rank, request.bucket)
         budget = self._budget(context)
         await self._coordinator.push(request.update_id, request.rank, request.bucket, memory, budget)
@@ -97,13 +90,11 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
 
     async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateResponse:
         convert.refuse_unknown_fields(request)
-        self._owners.claim(request.update_id, request.rank)
         update = await self._coordinator.commit(request.update_id, request.rank, self._budget(context))
         return pb.CommitUpdateResponse(outcome=convert.outcome(update))
 
     async def AbortUpdate(self, request: pb.AbortUpdateRequest, context: Context) -> pb.AbortUpdateResponse:
         convert.refuse_unknown_fields(request)
-        self._owners.claim(request.update_id, request.rank)
         update = await self._coordinator.abort(request.update_id, request.rank, request.reason)
         return pb.AbortUpdateResponse(outcome=convert.outcome(update))
 
@@ -128,7 +119,6 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
     async def LoadLoraAdapter(self, request: pb.LoadLoraAdapterRequest, context: Context) -> pb.LoadLoraAdapterResponse:
         convert.refuse_unknown_fields(request)
         header = convert.lora_header(request)
-        self._owners.claim(header.update_id, header.rank)
         if request.give_up:
             load = await self._lora.give_up(header, request.give_up)
         else:

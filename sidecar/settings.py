@@ -7,6 +7,7 @@ environment only.
 
 import argparse
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from sidecar.secret import Secret
 PREFIX = "SGLANG_WEIGHT_SYNC_"
 # Of this prefix, but no setting of ``serve``: see ``cli``.
 OTHER_VARIABLES = frozenset({"REEXECUTED", "TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CERTIFICATE", "TLS_KEY", "TARGET"})
+# What Kubernetes sets in every pod beside a Service of that name.
+SERVICE_LINK = re.compile(PREFIX + r"(SERVICE_(HOST|PORT)(_.*)?|PORT(_.*)?)")
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -139,24 +142,27 @@ def _value(
 ) -> Any:
     if setting.key in given:
         return _read(setting, given[setting.key], setting.flag)
-    if setting.kind is Kind.SECRET and (text := environ.get(setting.variable.removesuffix("_FILE"))):
-        return Secret(text)
+    if setting.kind is Kind.SECRET and (variable := setting.variable.removesuffix("_FILE")) in environ:
+        return _given(Secret(environ[variable]), variable)
     if setting.variable in environ:
         return _read(setting, environ[setting.variable], setting.variable)
     if setting.key in in_file:
         return _read(setting, in_file[setting.key], f"{config}: {setting.key}")
-    return _read(setting, setting.default, setting.flag)
+    return Secret() if setting.kind is Kind.SECRET else _read(setting, setting.default, setting.flag)
 
 
 def _read(setting: Setting, value: Any, where: str) -> Any:
     match setting.kind:
         case Kind.SECRET:
-            return Secret(path=Path(value)) if value else Secret()
+            return _secret(value, where)
         case Kind.PATH:
             return _path(_text(value, where))
         case Kind.NAMES:
             names = value if isinstance(value, list) else _text(value, where).split(",")
-            return tuple(name.strip() for name in names if _text(name, where).strip())
+            kept = tuple(name.strip() for name in names if _text(name, where).strip())
+            if value and not kept:
+                raise ValueError(f"{where} names nobody; leave it out, or name somebody")
+            return kept
         case Kind.SECONDS:
             return _number(value, where)
         case Kind.COUNT:
@@ -168,6 +174,21 @@ def _read(setting: Setting, value: Any, where: str) -> Any:
             if setting.choices and text not in setting.choices:
                 raise ValueError(f"{where}: {text!r} is none of {', '.join(setting.choices)}")
             return text
+
+
+def _secret(value: Any, where: str) -> Secret:
+    """From the file of that name; what is in ``value`` is never told, since it may be the secret itself by mistake."""
+    try:
+        return _given(Secret(path=Path(_text(value, where))), where)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _given(secret: Secret, where: str) -> Secret:
+    """An empty one would leave a door open that somebody meant to close."""
+    if not secret:
+        raise ValueError(f"{where} is empty; leave it out, or give the secret")
+    return secret
 
 
 def _path(text: str) -> Path | None:
@@ -223,7 +244,7 @@ def _check_variables(environ: Mapping[str, str]) -> None:
     known = {setting.variable for setting in SETTINGS} | {PREFIX + name for name in (*OTHER_VARIABLES, "CONFIG")}
     known |= {setting.variable.removesuffix("_FILE") for setting in SETTINGS if setting.kind is Kind.SECRET}
     for name in environ:
-        if name.startswith(PREFIX) and name not in known:
+        if name.startswith(PREFIX) and name not in known and not SERVICE_LINK.fullmatch(name):
             raise ValueError(f"the environment has {name}, which is no setting{_meant(name, known)}")
 
 

@@ -20,7 +20,16 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from math import inf
 
-from sidecar.errors import InvalidRequest, RankAlreadyDelivered, Reason, SyncError, UnsuitableEngine, UpdateConflict
+from sidecar.errors import (
+    Forbidden,
+    InvalidRequest,
+    RankAlreadyDelivered,
+    Reason,
+    SyncError,
+    UnsuitableEngine,
+    UpdateConflict,
+)
+from sidecar.identity import CALLER
 from sidecar.manifest import Manifest, first_difference
 from sidecar.manifest_check import Allowance
 from sidecar.memory import Memory, Placement
@@ -154,6 +163,8 @@ class Delivery:
     """By bucket."""
     committed: bool = False
     """Whether the rank said that this is all."""
+    owner: str = field(default_factory=CALLER.get)
+    """Who brought it."""
     joined_at: float = field(default_factory=time.monotonic)
     """On the coordinator's clock."""
 
@@ -260,8 +271,17 @@ class Update:
         return UpdateConflict(Reason.RANKS_DIFFER, message, updateId=self.id, ranks=f"{self.header.rank},{rank}")
 
     def join(self, rank: int) -> Delivery:
-        """Take ``rank`` in; a repeated join changes nothing."""
+        """Take ``rank`` in; a repeated join changes nothing. Raises ``Forbidden`` for a rank of another client's."""
+        self.check_owner(rank)
         return self.deliveries.setdefault(rank, Delivery())
+
+    def check_owner(self, rank: int) -> None:
+        """Raise ``Forbidden`` if another client, by its certificate, has spoken for ``rank``."""
+        delivery, caller = self.deliveries.get(rank), CALLER.get()
+        if delivery is not None and delivery.owner != caller:
+            message = f"rank {rank} of update {self.id!r} belongs to another client than {caller or 'this one'!r}; "
+            message += "every call for a rank must come with the same client certificate"
+            raise Forbidden(Reason.NOT_YOURS, message, rank=rank, updateId=self.id)
 
     def deliver(self, rank: int, bucket: int, memory: Memory) -> None:
         """Take one rank's memory for one bucket; the same memory again changes nothing, other memory is refused."""

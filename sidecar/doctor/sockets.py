@@ -89,8 +89,10 @@ def _tcp_problems(address: TcpAddress) -> Iterator[Finding]:
     except OSError as error:
         yield fail(Check.LISTEN, f"nothing can listen at {address}: {error.strerror}", ANOTHER)
     if not address.is_loopback:
-        fix = "use a unix socket where one host is enough; else keep the port on a network of its own, with --insecure"
-        yield warn(Check.LISTEN, f"other hosts reach {address}, and there is no TLS", fix)
+        fix = (
+            "use a unix socket where one host is enough; else TLS with client certificates or tokens (docs/security.md)"
+        )
+        yield warn(Check.LISTEN, f"other hosts reach {address}: it must be guarded", fix)
 
 
 def target(situation: Situation) -> Iterable[Finding]:

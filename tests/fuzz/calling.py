@@ -7,6 +7,7 @@ from typing import Any, NoReturn, cast
 from urllib.parse import quote
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
@@ -56,6 +57,12 @@ class CallContext:
     def time_remaining(self) -> float:
         return max(0.0, self._until - time.monotonic())
 
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {}
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
         self.code, self.details, self.trailers = code, details, tuple(trailing_metadata)
         raise grpc.aio.AbortError
@@ -85,11 +92,9 @@ async def call(world: World, request: Request) -> Answer:
 
 async def _in_process(world: World, request: Request) -> tuple[str, str]:
     handler, context = cast("Any", world.handlers[request.method]), CallContext(request.budget_s)
-    message = handler.request_deserializer(request.wire)
-    if message is not None:
-        world.bodies.said.note(message)
+    _note(world, request)
     try:
-        response = await handler.unary_unary(message, context)
+        response = await handler.unary_unary(request.wire, context)
     except grpc.aio.AbortError:
         assert context.code is not None
         return _judged(context.code, context.details, dict(context.trailers).get(DETAILS_KEY, b""))
@@ -97,18 +102,24 @@ async def _in_process(world: World, request: Request) -> tuple[str, str]:
     return "OK", ""
 
 
+def _note(world: World, request: Request) -> bool:
+    """Remember what was said, for the look at the engine's bodies; whether it was a message at all."""
+    try:
+        world.bodies.said.note(world.parsers[request.method](request.wire))
+    except DecodeError:
+        return False
+    return True
+
+
 async def _by_socket(world: World, request: Request) -> tuple[str, str]:
     assert world.channel is not None
-    handler = cast("Any", world.handlers[request.method])
-    message = handler.request_deserializer(request.wire)
-    if message is not None:
-        world.bodies.said.note(message)
+    is_message = _note(world, request)
     method: Any = world.channel.unary_unary(f"/{SERVICE_NAME}/{request.method}")
     try:
         await method(request.wire, timeout=request.budget_s + SLACK_S / 2)
     except grpc.aio.AioRpcError as error:
         return _judged_from_afar(error)
-    return "OK", "" if message is not None else "an answer to what is no message"
+    return "OK", "" if is_message else "an answer to what is no message"
 
 
 def _judged_from_afar(error: grpc.aio.AioRpcError) -> tuple[str, str]:

@@ -4,6 +4,8 @@ Everything is what ``sidecar.server`` puts together: engine client, watch, coord
 interceptor. Calls go through the interceptor's handlers with wire bytes, or through a real socket.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 import struct
@@ -16,15 +18,15 @@ from typing import Any, cast
 
 import grpc
 
-from sidecar.config import Limits, Timeouts
+from sidecar.config import AccessRules, Limits, Timeouts
 from sidecar.coordinator import Coordinator
 from sidecar.engine.lora import LoraEngine
 from sidecar.engine.watch import EngineWatch
+from sidecar.guard import Guard
 from sidecar.interceptors import ErrorInterceptor, Handler
 from sidecar.journal import Journal
 from sidecar.lora_loader import LoraLoader
 from sidecar.manifest_store import ManifestStore
-from sidecar.owners import Owners
 from sidecar.replay import Replay
 from sidecar.servicer import SERVICE_NAME, WeightSyncServicer
 from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
@@ -92,6 +94,7 @@ class World:
         self.facts = facts
         self.engine = engine
         self.handlers: dict[str, Handler] = {}
+        self.parsers: dict[str, Any] = {}
         client = LoraEngine(engine.url, TIMEOUTS)
         listen = f"unix:{folder}/{kind.name}.sock"
         self.replay = Replay(listen, enabled=True)
@@ -101,8 +104,8 @@ class World:
         self.target = listen
         self.channel: grpc.aio.Channel | None = None
         loader = LoraLoader(client, TIMEOUTS, self.coordinator)
-        self._servicer = servicer(self.coordinator, loader, ManifestStore(), Owners(), TIMEOUTS, Limits())
-        self._interceptor = ErrorInterceptor()
+        self._servicer = servicer(self.coordinator, loader, ManifestStore(), TIMEOUTS, Limits())
+        self._interceptor, self._guard = ErrorInterceptor(), Guard(AccessRules(), max_open_calls=4096)
         model_path = str(facts.folder) if kind.has_checkpoint else "/models/tiny-qwen3"
         self.bodies = BodyCheck(kind.tp_size, kind.release != "0.5.15.post1", model_path)
 
@@ -111,8 +114,9 @@ class World:
         collector = Collector()
         pb_grpc.add_WeightSyncServiceServicer_to_server(self._servicer, cast("grpc.aio.Server", collector))
         for name, handler in collector.handlers.items():
+            self.parsers[name] = handler.request_deserializer
             self.handlers[name] = await self._wrapped(name, handler)
-        server = grpc.aio.server(interceptors=[self._interceptor])
+        server = grpc.aio.server(interceptors=[self._interceptor, self._guard])
         pb_grpc.add_WeightSyncServiceServicer_to_server(self._servicer, server)
         server.add_insecure_port(self.target)
         await server.start()
@@ -140,8 +144,11 @@ class World:
         async def known(_: grpc.HandlerCallDetails) -> Handler:
             return handler
 
+        async def guarded(details: grpc.HandlerCallDetails) -> Handler | None:
+            return await self._guard.intercept_service(known, details)
+
         details = cast("grpc.HandlerCallDetails", _Details(f"/{SERVICE_NAME}/{name}"))
-        wrapped = await self._interceptor.intercept_service(known, details)
+        wrapped = await self._interceptor.intercept_service(guarded, details)
         assert wrapped is not None
         return wrapped
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from datetime import timedelta
@@ -209,6 +210,56 @@ def test_probes_need_no_token_and_reflection_does(guarded: Guarded) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         list(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request])))
     assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_what_a_stranger_sends_is_not_parsed(guarded: Guarded) -> None:
+    ca = guarded.authority.path
+    guarded.start([*guarded.tls, *guarded.tokens], Credentials(ca=ca, token=TOKEN))
+    call: Any = guarded.channel(Credentials(ca=ca)).unary_unary("/sidecar.v1.WeightSyncService/CheckManifest")
+    with pytest.raises(grpc.RpcError) as raised:
+        call(b"no message at all", timeout=ANSWER_S)
+    assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_those_who_look_cannot_use_up_the_calls_of_those_who_update(guarded: Guarded) -> None:
+    ca = guarded.authority.path
+    guarded.start([*guarded.tls, *guarded.tokens, "--max-open-calls", "2"], Credentials(ca=ca, token=TOKEN))
+    looker = reflection_pb2_grpc.ServerReflectionStub(guarded.channel(Credentials(ca=ca)))
+    over = threading.Event()
+
+    def questions() -> Iterator[Any]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        over.wait(ANSWER_S)
+
+    look = [("authorization", f"Bearer {LOOK}")]
+    streams = [looker.ServerReflectionInfo(questions(), metadata=look) for _ in range(3)]
+    for stream in streams:
+        next(stream)
+    trainer = guarded.client(Credentials(ca=ca, token=TOKEN))
+    assert trainer.update_weights(WEIGHTS, version="7").weight_version == "7"
+    over.set()
+
+
+def test_a_rank_is_free_again_once_its_attempt_has_ended(guarded: Guarded) -> None:
+    first = guarded.as_client("trainer-before")
+    guarded.start(guarded.mtls, first)
+    begin = pb.BeginUpdateRequest(update=header("5", 0, 1), manifest=pb.ManifestReference(manifest=manifest(2)))
+    rpc = guarded.rpc(first)
+    rpc.BeginUpdate(begin, timeout=ANSWER_S)
+    rpc.AbortUpdate(pb.AbortUpdateRequest(update_id="5", rank=0, reason="the pod is replaced"), timeout=ANSWER_S)
+    guarded.rpc(guarded.as_client("trainer-after")).BeginUpdate(begin, timeout=ANSWER_S)
+
+
+def test_certificates_that_cannot_serve_are_refused_at_the_start_and_kept_out_later(guarded: Guarded) -> None:
+    other = guarded.authority.issue("other")
+    argv = [sys.executable, "-m", "sidecar", "serve", "--engine-url", guarded.engine.url, "--listen", guarded.target]
+    argv += ["--tls-certificate", str(guarded.server.certificate), "--tls-key", str(other.key)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, "TLS cannot be served with" in done.stderr) == (3, True)
+    trusted = Credentials(ca=guarded.authority.path)
+    guarded.start(guarded.tls, trusted)
+    guarded.server.key.write_bytes(other.key.read_bytes())
+    assert guarded.client(trusted).status().state == pb.SIDECAR_STATE_READY
 
 
 def test_the_command_line_brings_certificates_and_tokens(guarded: Guarded) -> None:

@@ -2,10 +2,9 @@
 
 import pytest
 
-from sidecar.access import ANYBODY, CALLER, Caller, Role, admit, names_of, needed
+from sidecar.access import Caller, Role, admit, names_of, needed
 from sidecar.config import AccessRules
 from sidecar.errors import Forbidden, Unauthenticated
-from sidecar.owners import Owners
 from sidecar.secret import Secret
 from sidecar.v1 import weight_sync_pb2 as pb
 
@@ -65,20 +64,3 @@ def test_a_token_does_not_help_a_client_that_is_not_named() -> None:
     rules = AccessRules(update_token=Secret("may-update"), update_clients=("trainer",))
     with pytest.raises(Forbidden):
         admit(rules, UPDATE, bearer("may-update"), {"x509_common_name": [b"other"]})
-
-
-def test_a_rank_belongs_to_the_client_that_spoke_for_it_first() -> None:
-    owners = Owners()
-    token = CALLER.set(Caller("trainer-0"))
-    try:
-        owners.claim("u", 0)
-        owners.claim("u", 0)
-        CALLER.set(Caller("trainer-1"))
-        owners.claim("u", 1)
-        with pytest.raises(Forbidden, match="rank 0 of update 'u' belongs to another client than 'trainer-1'"):
-            owners.claim("u", 0)
-        CALLER.set(ANYBODY)
-        with pytest.raises(Forbidden):
-            owners.claim("u", 1)
-    finally:
-        CALLER.reset(token)

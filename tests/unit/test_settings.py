@@ -104,3 +104,27 @@ def test_a_secret_follows_its_file_and_outlives_it(tmp_path: Path) -> None:
 
 def test_the_documented_table_is_the_codes() -> None:
     assert PAGE.read_text() == with_table(PAGE.read_text()), "run `make docs`"
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n"])
+def test_an_empty_secret_is_an_error_since_it_would_leave_a_door_open(text: str, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(text)
+    givens: list[tuple[list[str], dict[str, str]]] = [
+        ([], {"UPDATE_TOKEN": text}),
+        ([f"--update-token-file={tmp_path}/token"], {}),
+        (["--update-token-file="], {}),
+        (["--update-clients", ","], {}),
+    ]
+    for argv, environ in givens:
+        with pytest.raises(ValueError, match=r"empty|cannot be read|names nobody"):
+            resolved(*argv, **environ)
+
+
+def test_a_key_given_by_mistake_as_a_files_name_is_not_repeated() -> None:
+    with pytest.raises(ValueError, match=r"--engine-api-key-file: the secret's file cannot be read") as raised:
+        resolved("--engine-api-key-file", "sk-a-key-by-mistake")
+    assert "sk-a-key" not in str(raised.value)
+
+
+def test_what_kubernetes_sets_beside_a_service_of_that_name_is_no_setting() -> None:
+    resolved(SERVICE_HOST="10.0.0.1", SERVICE_PORT="1", PORT="tcp://10.0.0.1:1", PORT_50051_TCP_ADDR="10.0.0.1")

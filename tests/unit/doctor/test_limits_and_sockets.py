@@ -152,7 +152,7 @@ def test_a_port_that_is_taken_is_found(planted: Planted) -> None:
 
 def test_an_address_that_other_hosts_reach_is_warned_of(planted: Planted) -> None:
     found = only(sockets.listen(planted.situation(listen="0.0.0.0:0")), Check.LISTEN)
-    assert_found(found, Verdict.WARN, "other hosts reach 0.0.0.0:0", "--insecure")
+    assert_found(found, Verdict.WARN, "other hosts reach 0.0.0.0:0", "TLS")
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "ALL_PROXY"])
