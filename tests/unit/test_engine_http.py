@@ -221,7 +221,7 @@ def test_https_is_spoken_where_the_url_says_so() -> None:
                 sent = asyncio.create_task(engine.post("/x", {}, 1.0))
                 accepted, _ = await asyncio.to_thread(plain.accept)
                 with closing(accepted):
-                    greeting = accepted.recv(3)
+                    greeting = await asyncio.to_thread(accepted.recv, 3)  # the loop has yet to say it
                 with pytest.raises(EngineError):
                     await sent
                 return greeting
