@@ -50,6 +50,20 @@ def test_liveness_and_readiness_are_served_apart(start: StartPair) -> None:
     wait_until(lambda: health(pair, SERVICE) == SERVING)
 
 
+def test_a_watcher_that_leaves_does_not_deafen_the_others(start: StartPair) -> None:
+    pair = start()
+    wait_until(lambda: health(pair, SERVICE) == SERVING)
+    stub, request = health_pb2_grpc.HealthStub(pair.channel), health_pb2.HealthCheckRequest(service=SERVICE)
+    leaves, stays = stub.Watch(request), stub.Watch(request)
+    assert (next(leaves).status, next(stays).status) == (SERVING, SERVING)
+    leaves.cancel()
+    break_an_update(pair)
+    assert next(stays).status == NOT_SERVING
+    pair.update("heals")
+    assert next(stays).status == SERVING
+    stays.cancel()
+
+
 def test_a_watcher_sees_readiness_flip_and_come_back(start: StartPair) -> None:
     pair = start()
     wait_until(lambda: health(pair, SERVICE) == SERVING)
