@@ -28,6 +28,8 @@ ERROR_DOMAIN = "sglang-weight-sync"
 # gRPC's words for a call that it had no connection for (seen in 1.81 to 1.85).
 NOT_CONNECTED = "failed to connect to all addresses"
 STOPPED = "stopped before it took this call"
+OF_A_STOPPED_SERVER = (None, "", "CANCELLED")
+"""Details of a call that a server dropped as it stopped; cancelled here, or on the way, they are others."""
 
 
 class WeightSyncError(Exception):
@@ -133,7 +135,9 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> WeightSyncError:
     code, info = call.code(), _error_info(call)
     kind = _BY_REASON.get(info.reason) or _BY_CODE.get(code, WeightSyncError)
     details = call.details() or code.name
-    if code is grpc.StatusCode.CANCELLED and call.details():  # here, or on the way: nobody knows what became of it
+    if (
+        code is grpc.StatusCode.CANCELLED and call.details() not in OF_A_STOPPED_SERVER
+    ):  # nobody knows what became of it
         details = f"the call to the sidecar at {target} was cancelled ({details})"
     elif not info.reason:
         details = _SENTENCES.get(code, "the sidecar at {target} failed: {details}").format(

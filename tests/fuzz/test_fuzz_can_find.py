@@ -29,7 +29,7 @@ from tests.fuzz.watching import LogWatch, LoopWatch, MemoryWatch
 from tests.fuzz.world import KINDS, running
 
 BUCKET = BucketSpec(64, (TensorSpec("w", "float32", (4,), 0, 16),))
-PAYLOAD = BucketPayload(BUCKET).entry(SharedMemory("/manager", "/torch_1", 64))
+PAYLOAD = BucketPayload(BUCKET).entry(SharedMemory("/manager", "/torch_fuzz_1", 64))
 EMPTY = pb.GetStatusRequest().SerializeToString()
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,10 +58,10 @@ def test_a_rolling_restart_under_load_loses_no_update_and_no_request(tmp_path: P
             sent = [threads.submit(together.train, config.listen, rank) for rank in range(2)]
             try:
                 for _ in range(RESTARTS):
-                    _three_more_updates(engine)
+                    _three_more_updates(engine, sent)
                     sidecar.stop()
                     sidecar = SidecarProcess(config)
-                _three_more_updates(engine)
+                _three_more_updates(engine, sent)
             finally:
                 over.set()
                 failures = [*(future.exception(60) for future in sent), answered.exception(60)]
@@ -74,9 +74,12 @@ def test_a_rolling_restart_under_load_loses_no_update_and_no_request(tmp_path: P
     assert len(statuses) > RESTARTS
 
 
-def _three_more_updates(engine: ScriptedEngine) -> None:
+def _three_more_updates(engine: ScriptedEngine, sent: list[Future[int]]) -> None:
     before = engine.posts(LOAD)
-    wait_until(lambda: engine.posts(LOAD) > before + 3)
+    wait_until(lambda: engine.posts(LOAD) > before + 3 or any(rank.done() for rank in sent))
+    for rank in sent:
+        if rank.done():
+            rank.result()  # what stopped it
 
 
 class Together:
