@@ -22,7 +22,7 @@ from tests.integration.support import Pair
 
 NUM_CLIENTS = 256
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-UPDATES, LOOKS, ROUNDS = 40, 150, 3
+UPDATES, LOOKS, ROUNDS = 40, 150, 5
 OWN = ("grpc.use_local_subchannel_pool", 1)
 POLL_S = 1.0
 
