@@ -7,7 +7,7 @@ not call it; health answers whatever else is going on.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -17,43 +17,27 @@ from sidecar.access import Caller, Role
 from sidecar.config import AccessRules
 from sidecar.errors import InvalidRequest, LimitExceeded, Reason, SyncError
 from sidecar.identity import CALLER
+from sidecar.interceptors import Context, Handler, WrappingInterceptor
 from sidecar.tracing import TRACE, trace_of
-
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-
 
 MAX_STREAMS = 16
 """Of reflection; they count apart, so that who may only look keeps nobody from updating."""
 
 
-class Guard(grpc.aio.ServerInterceptor):
-    """Wraps each method once."""
+class Guard(WrappingInterceptor):
+    """Puts every method but those of health behind its gate."""
 
     def __init__(self, rules: AccessRules, max_open_calls: int) -> None:
+        super().__init__()
         self._rules = rules
         self._max_open = max_open_calls
         self._open = 0
         self._streams = 0
-        self._guarded: dict[str, Handler] = {}
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """The method behind its gate."""
-        method = handler_call_details.method
-        if known := self._guarded.get(method):
-            return known
-        handler = await continuation(handler_call_details)
-        if handler is None or access.needed(method) is Role.NOBODY:
-            return handler
-        self._guarded[method] = self._behind_gate(handler, method)
-        return self._guarded[method]
-
-    def _behind_gate(self, handler: Handler, method: str) -> Handler:
+    def wrapped(self, handler: Handler, method: str) -> Handler:
         """Requests come as bytes: what a stranger sends is not even parsed."""
+        if access.needed(method) is Role.NOBODY:
+            return handler
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
                 self._unary(handler.unary_unary, handler.request_deserializer, method),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, Protocol, TypeAlias
 from urllib.parse import quote
@@ -54,31 +55,48 @@ class NotCounted:
         """Not counted."""
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every unary call of this server; each method's behaviour once, since gRPC asks anew for every call."""
+class WrappingInterceptor(grpc.aio.ServerInterceptor):
+    """Gives each method's behaviour what ``wrapped`` puts around it; once, since gRPC asks anew for every call."""
 
-    def __init__(self, counts: CallCounts | None = None) -> None:
-        self._counts = counts or NotCounted()
+    def __init__(self) -> None:
         self._handlers: dict[str, Handler] = {}
+
+    @abstractmethod
+    def wrapped(self, handler: Handler, method: str) -> Handler:
+        """The handler in place of ``handler``, or itself."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Give the call's behaviour an edge at which errors are mapped."""
+        """Called by gRPC for every call."""
         method = handler_call_details.method
         if known := self._handlers.get(method):
             return known
         handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
+        if handler is None:
+            return None
+        self._handlers[method] = self.wrapped(handler, method)
+        return self._handlers[method]
+
+
+class ErrorInterceptor(WrappingInterceptor):
+    """Gives every unary call an edge at which errors are mapped."""
+
+    def __init__(self, counts: CallCounts | None = None) -> None:
+        super().__init__()
+        self._counts = counts or NotCounted()
+
+    def wrapped(self, handler: Handler, method: str) -> Handler:
+        """Streams are left as they are."""
+        if handler.unary_unary is None:
             return handler
-        self._handlers[method] = grpc.unary_unary_rpc_method_handler(
+        return grpc.unary_unary_rpc_method_handler(
             self._mapped(handler.unary_unary, method),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
-        return self._handlers[method]
 
     def _mapped(self, behaviour: Callable[..., Any], method: str) -> Callable[[Any, Context], Awaitable[Any]]:
         name = method.rpartition("/")[2]
