@@ -13,6 +13,8 @@
                                ``get_update``; one in buckets is aborted by its client
       x MemoryNotExportable    another process cannot open this memory; nothing was sent
       x UpdateFailed           broke off half-way: the engine is dirty until the next complete update
+      x GroupBroken            a torch.distributed group could not be joined, or a member of it is gone
+      x FleetUpdateFailed      too few engines of a fleet took the update; says of each what happened
 
 Mapped from gRPC once, in ``from_rpc_error``.
 """
@@ -95,6 +97,10 @@ class UpdateFailed(WeightSyncError):
         """Buckets that the engine may have opened; None if the sidecar did not say."""
         posted = self.details.get("numPosted")
         return None if posted is None else int(posted)
+
+
+class GroupBroken(WeightSyncError):
+    """A torch.distributed group could not be joined, or a member of it is gone."""
 
 
 _BY_REASON: dict[str, type[WeightSyncError]] = {

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from adapter.bucketed import Buckets
 from adapter.checks import are_sound, bytes_needed, check_finite, check_tensors, refuse_forked_cuda
 from adapter.exportable import segment_bytes
 from adapter.looks import Form, form_of, plain_tensors
@@ -19,7 +18,16 @@ from adapter.planner import Plan, TensorSpec, plan
 from adapter.recent import Recent
 from adapter.sources.lazy import LazyTensor, NamedTensors, Sendable
 from adapter.sources.module import lazy_tensors
-from adapter.staging import CopiedBuckets, StagedBuckets, StagingBuffers, buffer_bytes, forgo_all
+from adapter.staging import (
+    Buffers,
+    CopiedBuckets,
+    FilledBuckets,
+    R,
+    StagedBuckets,
+    StagingBuffers,
+    buffer_bytes,
+    forgo_all,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,7 @@ class Outgoing:
         sizes = (segment_bytes(size, device) for size in buffer_bytes(self.plan, buffers.num_buffers))
         return MemoryNeed(tuple(sizes), max((tensor.extra_bytes for tensor in self.tensors.values()), default=0))
 
-    def staged(self, buffers: StagingBuffers, device: torch.device) -> Buckets:
+    def staged(self, buffers: Buffers[R], device: torch.device) -> FilledBuckets[R]:
         """To be copied through ``buffers`` on ``device``; raises ``ValueError`` for tensors that cannot be."""
         check_tensors(self.tensors, device)
         return StagedBuckets(self.plan, self.iterator, buffers, device, one_by_one=not self.tensors)
@@ -97,7 +105,7 @@ class WholeTensors:
         sizes = (segment_bytes(size, device) for size in buffer_bytes(self.plan, buffers.num_buffers))
         return MemoryNeed(tuple(sizes), 0)
 
-    def staged(self, buffers: StagingBuffers, device: torch.device) -> Buckets:
+    def staged(self, buffers: Buffers[R], device: torch.device) -> FilledBuckets[R]:
         """To be copied through ``buffers`` on ``device``; raises ``ValueError`` for tensors that cannot be."""
         if device.type == "cuda":
             refuse_forked_cuda()
@@ -119,15 +127,16 @@ class WholeTensors:
 class Planner:
     """Plans one client's updates, and remembers the last plans of whole tensors; of the tensors it holds none."""
 
-    def __init__(self, bucket_bytes: int, rules: Sequence[re.Pattern[str]]) -> None:
+    def __init__(self, bucket_bytes: int, rules: Sequence[re.Pattern[str]], *, dense: bool = False) -> None:
         self._bucket_bytes = bucket_bytes
         self._rules = rules
+        self._dense = dense
         self._known = Recent[Form, Planned]()
 
     def outgoing(self, named_tensors: NamedTensors, specs: Sequence[TensorSpec] | None) -> Outgoing | WholeTensors:
         """Plan an update; with ``specs``, of an iterator that is read only when it is sent. Raises ``ValueError``."""
         if specs is not None:
-            planned = plan(specs, self._bucket_bytes, self._rules)
+            planned = self._plan(specs)
             _check_order(planned, specs)
             return Outgoing(planned, {}, iter(named_tensors))
         pairs = list(named_tensors)
@@ -147,13 +156,16 @@ class Planner:
 
     def _planned(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Planned:
         specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in zip(names, tensors, strict=True)]
-        cut = plan(specs, self._bucket_bytes, self._rules)
+        cut = self._plan(specs)
         index = {name: at for at, name in enumerate(names)}
         return Planned(cut, tuple(index[name] for name in cut.names()), tuple(map(bytes_needed, tensors)))
 
+    def _plan(self, specs: Sequence[TensorSpec]) -> Plan:
+        return plan(specs, self._bucket_bytes, self._rules, dense=self._dense)
+
     def _lazy(self, pairs: Sequence[tuple[str, Sendable]]) -> Outgoing:
         tensors = lazy_tensors(pairs)
-        planned = plan(_specs(pairs, tensors), self._bucket_bytes, self._rules)
+        planned = self._plan(_specs(pairs, tensors))
         return Outgoing(planned, tensors, iter([(name, tensors[name]) for name in planned.names()]))
 
 

@@ -1,8 +1,8 @@
 """Names, shapes and dtypes -> buckets. Pure: the same on every rank, with no communication.
 
 Invariants: tensors keep their order, but for those that SGLang fuses, which follow the first of their group; such a
-group is never cut; every tensor begins at a multiple of ``ALIGNMENT``; a bucket is at most ``bucket_bytes`` long,
-unless it holds a single tensor that is larger.
+group is never cut; every tensor begins at a multiple of ``ALIGNMENT``, or in a dense plan where the one before it ends;
+a bucket is at most ``bucket_bytes`` long, unless it holds a single tensor that is larger.
 """
 
 import re
@@ -62,8 +62,17 @@ class Plan:
         return [place.spec.name for bucket in self.buckets for place in bucket.placements]
 
 
-def plan(specs: Iterable[TensorSpec], bucket_bytes: int, rules: Sequence[re.Pattern[str]] = DEFAULT_RULES) -> Plan:
+def plan(
+    specs: Iterable[TensorSpec],
+    bucket_bytes: int,
+    rules: Sequence[re.Pattern[str]] = DEFAULT_RULES,
+    *,
+    dense: bool = False,
+) -> Plan:
     """Cut ``specs`` into buckets of at most ``bucket_bytes``, with what ``rules`` bind (``adapter.fusion``) together.
+
+    ``dense``: as SGLang receives a broadcast bucket, tensors one after the other. The largest elements come first then,
+    since that alone keeps each tensor at a multiple of its element size.
 
     Raises ``ValueError`` if there is nothing to send, a name comes twice, or a group has no room in a bucket.
     """
@@ -72,7 +81,8 @@ def plan(specs: Iterable[TensorSpec], bucket_bytes: int, rules: Sequence[re.Patt
     listed = tuple(specs)
     check_names(listed)
     groups = [[listed[at] for at in group] for group in group_names([spec.name for spec in listed], rules)]
-    return Plan(tuple(_place(specs) for specs in _cut(groups, bucket_bytes)))
+    place = _place_densely if dense else _place
+    return Plan(tuple(place(specs) for specs in _cut(groups, bucket_bytes)))
 
 
 def check_names(specs: Sequence[TensorSpec]) -> None:
@@ -113,6 +123,18 @@ def _place(group: Iterable[TensorSpec]) -> Bucket:
         offset += _aligned(spec.num_bytes)
     # A bucket of empty tensors alone still needs memory that can be exported.
     return Bucket(tuple(placements), max(offset, ALIGNMENT))
+
+
+def _place_densely(group: Iterable[TensorSpec]) -> Bucket:
+    placements, offset = [], 0
+    for spec in sorted(group, key=lambda spec: -spec.dtype.itemsize):
+        placements.append(Placement(spec, offset))
+        offset += spec.num_bytes
+    if not offset:
+        raise ValueError(
+            f"{placements[0].spec.name} and all that goes with it are empty: there is nothing to broadcast"
+        )
+    return Bucket(tuple(placements), offset)
 
 
 def _aligned(num_bytes: int) -> int:

@@ -8,6 +8,7 @@ exactly what the manifest promised; a buffer is written only when nobody else ho
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -23,6 +24,49 @@ from adapter.sources.module import as_lazy
 logger = logging.getLogger(__name__)
 
 DEFAULT_BUFFERS = 2
+
+
+class Region(Protocol):
+    """Memory that a bucket is written to."""
+
+    flat: torch.Tensor
+    """uint8, one-dimensional."""
+
+
+R = TypeVar("R", bound=Region)
+R_co = TypeVar("R_co", bound=Region, covariant=True)
+
+
+class Buffers(Protocol[R_co]):
+    """Some regions, in turn for one bucket after the other."""
+
+    num_buffers: int
+
+    def take(self, bucket: int, sizes: Sequence[int], device: torch.device) -> R_co:
+        """The one for this bucket, which nobody else holds; ``sizes`` are the plan's ``buffer_bytes``."""
+
+    def views(self, plan: Plan, bucket: int) -> list[torch.Tensor]:
+        """Where the tensors of this bucket go in it."""
+
+
+class FilledBuckets(Protocol[R_co]):
+    """The buckets of one update, filled when they are asked for."""
+
+    plan: Plan
+    depth: int
+    """How many buckets may be out at a time."""
+
+    def fill(self, bucket: int) -> R_co:
+        """A region with this bucket's bytes; buckets are asked for in order, once."""
+
+    def expect_end(self) -> None:
+        """Raise ``ValueError`` unless the tensors are those of the plan, no more."""
+
+    def check_sources(self) -> None:
+        """After they were read: raise ``ValueError`` if memory was not there to the end."""
+
+    def forgo(self) -> None:
+        """Take part in what other ranks wait for of the tensors that were not brought."""
 
 
 def buffer_bytes(plan: Plan, num_buffers: int) -> list[int]:
@@ -119,12 +163,10 @@ class StagingBuffers:
         return True
 
 
-class CopiedBuckets:
+class CopiedBuckets(Generic[R]):
     """The buckets of one update of whole tensors, copied one after the other: nothing is gathered."""
 
-    def __init__(
-        self, plan: Plan, sources: Sequence[torch.Tensor], buffers: StagingBuffers, device: torch.device
-    ) -> None:
+    def __init__(self, plan: Plan, sources: Sequence[torch.Tensor], buffers: Buffers[R], device: torch.device) -> None:
         """``sources``: every tensor of the plan, in its order, with the dtype and shape that it says."""
         self.plan = plan
         self.depth = buffers.num_buffers
@@ -135,7 +177,7 @@ class CopiedBuckets:
         lengths = [len(bucket.placements) for bucket in plan.buckets]
         self._ends = list(accumulate(lengths, initial=0))
 
-    def fill(self, bucket: int) -> Export:
+    def fill(self, bucket: int) -> R:
         """A buffer with this bucket's bytes."""
         export = self._buffers.take(bucket, self._sizes, self._device)
         sources = self._sources[self._ends[bucket] : self._ends[bucket + 1]]
@@ -152,14 +194,14 @@ class CopiedBuckets:
         """Nothing is gathered."""
 
 
-class StagedBuckets:
+class StagedBuckets(Generic[R]):
     """The buckets of one update, copied or gathered one after the other."""
 
     def __init__(
         self,
         plan: Plan,
         tensors: Iterator[tuple[str, Sendable]],
-        buffers: StagingBuffers,
+        buffers: Buffers[R],
         device: torch.device,
         *,
         one_by_one: bool = False,
@@ -176,7 +218,7 @@ class StagedBuckets:
         self._pending: LazyTensor | None = None
         """Taken from the iterator, and not written yet."""
 
-    def fill(self, bucket: int) -> Export:
+    def fill(self, bucket: int) -> R:
         """The next bucket, in order. Raises ``ValueError`` if the tensors are not those of the plan."""
         export = self._buffers.take(bucket, self._sizes, self._device)
         self._write(self.plan.buckets[bucket], export.flat)

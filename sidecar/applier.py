@@ -1,11 +1,12 @@
 """The sequence that loads a collected update into the engine, and what is done when it breaks off.
 
-    pause -> begin -> one POST per bucket -> end -> (flush) -> (verify) -> publish -> resume      committed
-      |        |                |             |        |           |          |         |
-      |        +-- nothing posted yet: end, resume -> aborted      +----------+---------+-> failed, generation held
+    pause -> begin -> one POST per bucket -> end -> (flush) -> (verify) -> (decide) -> publish -> resume    committed
+      |        |                |             |        |           |           |          |         |
+      |        +-- nothing posted yet: end, resume -> aborted      +-----------+----------+---------+-> failed, held
       +-- resume -> aborted
 
-A disk update has one POST of another kind in the middle, and no session. An answer that was lost is looked into
+A disk update has one POST of another kind in the middle, and no session. Over a group the buckets are received instead
+of opened, one POST each, and one that breaks off leaves the group at once. An answer that was lost is looked into
 (``fate``) before it counts as a failure.
 
 Invariants: publish comes last but for resume, so no answer carries a version that was not fully loaded; a POST that
@@ -15,7 +16,7 @@ the engine is dirty from an update before.
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from math import inf
 from typing import Protocol
@@ -32,6 +33,7 @@ from sidecar.errors import (
     EngineUnreachable,
     SyncError,
 )
+from sidecar.group import tensors_of
 from sidecar.memory import is_kept
 from sidecar.payload import LOAD_FORMAT, REPLAY_FORMAT, BucketPayload
 from sidecar.replay import Replay
@@ -79,6 +81,9 @@ class Engine(fate.Engine, Protocol):
     ) -> None:
         """Load one bucket from one entry per TP rank."""
 
+    async def receive(self, tensors: Mapping[str, object], group_name: str, selector: Selector) -> None:
+        """Load one bucket that the group's rank 0 broadcasts."""
+
     async def load_from_disk(self, model_path: str) -> None:
         """Load a checkpoint."""
 
@@ -101,8 +106,26 @@ class Engine(fate.Engine, Protocol):
         """Let generation go on."""
 
 
-WaitForBucket = Callable[[Update, int], Awaitable[None]]
-"""Returns when every rank has delivered that bucket (or, past the last, committed); raises when it will not be."""
+NOT_YET_WRITTEN = ("Failed to receive weights", "must run between", "are not supported")
+"""Of a refused receive: SGLang says one of these before it writes a weight. Releases up to 0.5.20 say of a receive that
+broke, as of a load that did, that the weights are partially updated."""
+
+
+class Trainer(Protocol):
+    """The ranks of an update, as the applier waits for them; each wait is bounded and raises ``SyncError``."""
+
+    async def bucket(self, update: Update, bucket: int) -> None:
+        """Until every rank has delivered that bucket (or, past the last, committed)."""
+
+    async def decision(self, update: Update) -> None:
+        """Until every rank has said that the version is to be published."""
+
+
+class Membership(Protocol):
+    """The group that the engine is in."""
+
+    async def leave(self) -> bool:
+        """Close its connections."""
 
 
 class Applier:
@@ -111,14 +134,16 @@ class Applier:
     def __init__(
         self,
         engine: Engine,
-        wait_for_bucket: WaitForBucket,
+        trainer: Trainer,
+        membership: Membership,
         about_to_write: Callable[[Update], None],
         changed: Callable[[], None],
         replay: Replay,
         spans: Spans,
     ) -> None:
         self._engine = engine
-        self._wait_for_bucket = wait_for_bucket
+        self._trainer = trainer
+        self._membership = membership
         self._about_to_write = about_to_write
         self._changed = changed
         self._replay = replay
@@ -160,13 +185,16 @@ class Applier:
     async def _load_all(self, update: Update, payloads: Sequence[BucketPayload]) -> None:
         async with self._phase(update, Phase.BEGIN):
             await self._begin(update)
-            update.replays = self._replay.suits(update.header, self._engine.info, update.epoch)
+            if not update.header.group_name:
+                update.replays = self._replay.suits(update.header, self._engine.info, update.epoch)
             if update.replays:
                 await self._replay.greet(update, lambda entries: self._post(update, entries, REPLAY_FORMAT))
         async with self._phase(update, Phase.LOAD):
+            update.receiving = True
+            self._changed()
             for bucket, payload in enumerate(payloads):
                 await self._load(update, bucket, payload)
-            await self._wait_for_bucket(update, len(payloads))
+            await self._trainer.bucket(update, len(payloads))
         async with self._phase(update, Phase.END):
             await self._end(update)
 
@@ -179,7 +207,7 @@ class Applier:
             update.notes.append("the answer to begin_weight_update was lost; the session is open")
 
     async def _load(self, update: Update, bucket: int, payload: BucketPayload) -> None:
-        await self._wait_for_bucket(update, bucket)
+        await self._trainer.bucket(update, bucket)
         if bucket == 0:
             self._about_to_write(update)
         update.num_posted = bucket + 1
@@ -198,7 +226,10 @@ class Applier:
         self._changed()
 
     async def _load_by(self, update: Update, bucket: int, payload: BucketPayload) -> None:
-        """Through the replay loader, or as SGLang always does it."""
+        """Through the replay loader, or as SGLang always does it, from memory or over the group."""
+        if update.header.group_name:
+            await self._receive(update, bucket)
+            return
         if update.replays:
             await self._replay.load(update, bucket, payload, lambda entries: self._post(update, entries, REPLAY_FORMAT))
             return
@@ -208,9 +239,21 @@ class Applier:
         await self._post(update, [payload.entry(memory) for memory in memories], LOAD_FORMAT)
         update.loaded_by(LoadPath.STOCK)
 
+    async def _receive(self, update: Update, bucket: int) -> None:
+        try:
+            tensors = tensors_of(update.manifest.buckets[bucket])
+            await self._engine.receive(tensors, update.header.group_name, _selector(update))
+        except EngineRefused as refusal:
+            unwritten = any(words in refusal.message for words in NOT_YET_WRITTEN)
+            update.touched |= update.num_loaded > 0 or not unwritten
+            raise
+        update.loaded_by(LoadPath.STOCK)
+
     async def _was_loaded(self, update: Update, bucket: int, payload: BucketPayload, lost: EngineLost) -> bool:
         if not await fate.is_settled(self._engine, bucket, lost):
             return False
+        if update.header.group_name:
+            raise refusals.group_lost(update, lost)
         if update.replays:
             return self._replay.was_loaded(update, bucket, payload)
         loaded = await fate.was_loaded(self._engine, update, bucket, self._version_carried(update))
@@ -254,6 +297,9 @@ class Applier:
         if update.header.verify:
             async with self._phase(update, Phase.VERIFY):
                 await self._verify(update)
+        if update.header.two_phase:
+            async with self._phase(update, Phase.DECIDE):
+                await self._trainer.decision(update)
         if self._version_carried(update) is None:
             async with self._phase(update, Phase.PUBLISH):
                 await self._engine.publish(update.header.weight_version)
@@ -298,6 +344,8 @@ class Applier:
             error.message,
             extra=update.log_fields | {"phase": phase.name.lower(), "reason": str(error.reason)},
         )
+        if update.header.group_name and phase is Phase.LOAD and update.num_posted:
+            await self._membership.leave()  # first: members who wait for this one are let go
         undone = await self._undo(update, resume=not touched and not dirty)
         restarted = isinstance(error, EngineRestarted | EngineDown) or self._engine.epoch != update.epoch
         if restarted or (undone and not touched):

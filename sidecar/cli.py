@@ -134,6 +134,7 @@ def _serve_config(values: dict[str, Any]) -> ServeConfig:
         timeouts=Timeouts(**phases),
         limits=Limits(**limits),
         accept_checkpoint=values["accept-checkpoint-weights"],
+        require_update=values["require-update"],
         replay=values["replay"],
         drain_s=values["drain-timeout"],
         lame_duck_s=values["lame-duck"],

@@ -38,6 +38,10 @@ class Timeouts:
     """One load of a checkpoint by the engine itself."""
     publish: float = 30.0
     resume: float = 30.0
+    group: float = 120.0
+    """For all members to join a torch.distributed group."""
+    decide: float = 300.0
+    """In two phases, for all ranks to say that the version is to be published, while generation is paused."""
     probe: float = 5.0
     """One look at whether the engine is there."""
 
@@ -166,6 +170,8 @@ class ServeConfig:
     limits: Limits = field(default_factory=Limits)
     accept_checkpoint: bool = False
     """Whether an engine that was restarted is ready with its checkpoint's weights."""
+    require_update: bool = False
+    """Whether an engine is not ready before its first update, even one that was there before this sidecar."""
     replay: bool = True
     """Whether the engine's replay loader is used, where it has one."""
     drain_s: float = 30.0
@@ -208,6 +214,8 @@ class ServeConfig:
         update, look = self.access.update_token.text(), self.access.look_token.text()
         if look and look == update:
             raise ValueError("the update token and the look token are the same: those who look could update")
+        if self.accept_checkpoint and self.require_update:
+            raise ValueError("--accept-checkpoint-weights and --require-update contradict each other: give one of them")
         if self.drain_s < 0 or self.lame_duck_s < 0:
             raise ValueError("--drain-timeout and --lame-duck must not be negative")
         if self.journal_path is not None and not self.journal_path.parent.is_dir():

@@ -14,10 +14,11 @@ from sidecar import __version__, lora
 from sidecar.config import Limits
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import InvalidRequest, LimitExceeded, Reason
+from sidecar.group import Group
 from sidecar.lora import AdapterSpec
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.manifest_check import Allowance, Report, is_pattern
-from sidecar.memory import CudaIpcMemory, Memory, SharedMemory, bare_uuid
+from sidecar.memory import CudaIpcMemory, Memory, SharedMemory, bare_uuid, shared_memory_id
 from sidecar.update import Header, PauseMode, Selector, Update
 from sidecar.v1 import weight_sync_pb2 as pb
 
@@ -82,6 +83,8 @@ def header(message: pb.UpdateHeader) -> Header:
         content_digest=message.content_digest,
         allow=allowance(message.allow),
         keep_cache=message.keep_cache,
+        group_name=message.group_name,
+        two_phase=message.two_phase,
     )
 
 
@@ -230,6 +233,7 @@ def outcome(update: Update) -> pb.UpdateOutcome:
         notes=update.notes,
         load_path=pb.LoadPath.ValueType(update.load_path),
         load_reason=update.load_reason,
+        transport=pb.Transport.ValueType(update.transport),
     )
     for phase, seconds in update.spent(time.monotonic()).items():
         message.phases.add(phase=pb.Phase.ValueType(phase)).duration.FromNanoseconds(round(seconds * 1e9))
@@ -264,4 +268,29 @@ def engine_info(info: EngineInfo, epoch: int) -> pb.EngineInfo:
         epoch=epoch,
         replays=info.replays,
         gpu_uuids=[uuid and f"GPU-{uuid}" for uuid in info.gpu_uuids],
+        shared_memory_id=shared_memory_id(),
+    )
+
+
+def group(message: pb.WeightsUpdateGroup) -> Group:
+    """A group as the trainer describes it."""
+    return Group(
+        name=message.group_name,
+        master_address=message.master_address,
+        master_port=message.master_port,
+        rank_offset=message.rank_offset,
+        world_size=message.world_size,
+        backend=message.backend,
+    )
+
+
+def group_info(group: Group) -> pb.WeightsUpdateGroup:
+    """The group that the engine is in."""
+    return pb.WeightsUpdateGroup(
+        group_name=group.name,
+        master_address=group.master_address,
+        master_port=group.master_port,
+        rank_offset=group.rank_offset,
+        world_size=group.world_size,
+        backend=group.backend,
     )

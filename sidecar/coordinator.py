@@ -2,7 +2,8 @@
 
 The only writer of updates. Lives on one event loop, so nothing here is locked. Invariants:
 
-1. The engine is untouched until every rank has delivered the same checked manifest and its first bucket.
+1. The engine is untouched until every rank has brought the same checked manifest, and its first bucket or the wish
+   that the engine be made ready.
 2. One update is in hand at a time, and it is applied by a task of the coordinator's own: callers only wait for it,
    so one that cancels, times out or dies changes nothing about weights that the engine was given.
 3. Every wait is bounded, by the caller's deadline or a setting, and says for which ranks or bucket it was.
@@ -15,19 +16,22 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from sidecar import admission, applier, history, recovery, refusals, standing
+from sidecar import admission, applier, history, membership, recovery, refusals, standing
 from sidecar.applier import Applier
 from sidecar.callers import WHOLE_UPDATE, Callers
 from sidecar.config import Timeouts
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import SyncError, UpdateConflict
+from sidecar.group import Group, check_dense
 from sidecar.history import UpdateHistory
 from sidecar.journal import Journal
 from sidecar.manifest import Manifest
 from sidecar.manifest_check import Allowance, Report
 from sidecar.manifest_store import KnownManifest
+from sidecar.membership import Membership
 from sidecar.memory import Memory, is_kept
 from sidecar.payload import BucketPayload
+from sidecar.ranks import Ranks
 from sidecar.recovery import Recovery
 from sidecar.references import References
 from sidecar.replay import Replay
@@ -44,7 +48,7 @@ BREAK_OFF_S = 5.0
 """At the end of a drain, for an update that cannot complete to be broken off in order."""
 
 
-class WatchedEngine(applier.Engine, recovery.Engine, standing.Engine, Protocol):
+class WatchedEngine(applier.Engine, membership.Engine, recovery.Engine, standing.Engine, Protocol):
     """An engine, and what the watch knows of it."""
 
     async def probe(self) -> EngineInfo:
@@ -63,6 +67,7 @@ class Coordinator:
         journal: Journal | None = None,
         replay: Replay | None = None,
         accept_checkpoint: bool = False,
+        require_update: bool = False,
         spans: Spans | None = None,
     ) -> None:
         self._engine = engine
@@ -71,9 +76,6 @@ class Coordinator:
         self._on_ended = on_ended
         self._replay = replay or Replay("", enabled=False)
         self._spans = spans or Spans()
-        self._applier = Applier(
-            engine, self._wait_for_bucket, self._about_to_write, self.changed, self._replay, self._spans
-        )
         self._updates = UpdateHistory()
         self.references = References()
         self._current: Update | None = None
@@ -90,7 +92,19 @@ class Coordinator:
         self._collect_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._claimed_by = ""
-        self._served = ServedWeights(engine, journal or Journal(None), accept_checkpoint=accept_checkpoint)
+        self._served = ServedWeights(
+            engine, journal or Journal(None), accept_checkpoint=accept_checkpoint, require_update=require_update
+        )
+        self._membership = Membership(engine, self._served.fence)
+        self._applier = Applier(
+            engine,
+            Ranks(self._until, timeouts),
+            self._membership,
+            self._about_to_write,
+            self.changed,
+            self._replay,
+            self._spans,
+        )
         self._recovery = Recovery(engine, self._served, self.changed)
         self.standing = Standing(engine, self._served, lambda: (self._current, self._draining))
 
@@ -105,6 +119,11 @@ class Coordinator:
     def epoch(self) -> int:
         """Which of the engine's lives this is."""
         return self._engine.epoch
+
+    @property
+    def group(self) -> Group | None:
+        """The one that the engine is in."""
+        return self._membership.group
 
     @property
     def current(self) -> Update | None:
@@ -131,6 +150,8 @@ class Coordinator:
         self, header: Header, known: KnownManifest, handles: Mapping[int, Memory], budget_s: float
     ) -> Update:
         """One rank's whole part; returns the committed update or raises why there is none."""
+        if header.group_name or header.two_phase:
+            raise refusals.over_a_group(header.update_id, header.rank, "UpdateWeights")
         admission.check_every_bucket_has_memory(handles, known.manifest, header.rank)
         update = await self._join(header, known, handles)
         update.wait_until(time.monotonic() + budget_s)
@@ -173,6 +194,8 @@ class Coordinator:
     async def push(self, update_id: str, rank: int, bucket: int, memory: Memory, budget_s: float) -> None:
         """One rank's memory for one bucket; returns when the engine has loaded it."""
         update = self._joined(update_id, rank)
+        if update.header.group_name:
+            raise refusals.over_a_group(update_id, rank, "PushBucket")
         if not 0 <= bucket < update.num_buckets:
             raise refusals.no_such_bucket(update, rank, bucket)
         update.wait_until(time.monotonic() + budget_s)
@@ -185,15 +208,75 @@ class Coordinator:
             self._delivered(update)
         await self._until_loaded(update, rank, bucket, budget_s)
 
-    async def commit(self, update_id: str, rank: int, budget_s: float) -> Update:
-        """One rank has pushed everything; returns the committed update or raises why there is none."""
+    async def prepare(self, update_id: str, rank: int, budget_s: float) -> Update:
+        """One rank wants the engine to wait for its first bucket; returns when it does."""
         update = self._joined(update_id, rank)
-        unpushed = [bucket for bucket in range(update.num_buckets) if rank in update.waiting_for(bucket)]
-        if unpushed and not update.state.ended:
-            raise refusals.unpushed_buckets(update, rank, unpushed)
+        update.wait_until(time.monotonic() + budget_s)
+        update.deliveries[rank].prepared = True
+        self._delivered(update)
+        ready = self._until(lambda: update.receiving or update.state.ended)
+        await self._wait(update, rank, 0, ready, budget_s)
+        return self._unbroken(update)
+
+    async def commit(self, update_id: str, rank: int, budget_s: float) -> Update:
+        """One rank has pushed everything, or broadcasts it now.
+
+        Returns the update once it is committed, or in two phases ready to be published; raises why it is neither.
+        """
+        update = self._joined(update_id, rank)
+        if not update.state.ended:
+            self._check_pushed(update, rank)
         update.deliveries[rank].committed = True
         self.changed()
+        if not update.header.two_phase:
+            return await self._until_ended(update, rank, budget_s)
+        ready = self._until(lambda: update.phase is Phase.DECIDE or update.state.ended)
+        await self._wait(update, rank, WHOLE_UPDATE, ready, budget_s)
+        return self._unbroken(update)
+
+    async def publish(self, update_id: str, rank: int, budget_s: float) -> Update:
+        """One rank's word that the version is to be published; returns the committed update or raises."""
+        update = self._joined(update_id, rank)
+        if not update.state.ended and (update.phase is not Phase.DECIDE or not update.header.two_phase):
+            raise refusals.not_ready_to_publish(update, rank)
+        update.deliveries[rank].published = True
+        self.changed()
         return await self._until_ended(update, rank, budget_s)
+
+    async def join_group(self, group: Group) -> None:
+        """The engine joins ``group``, over which updates may come then; raises why it does not."""
+        info = await self.engine_info()
+        group.check(info.tp_size, info.device)
+        self.claim(f"joining group {group.name!r}")
+        try:
+            await self._membership.join(group)
+        finally:
+            self.release()
+            self.changed()
+
+    async def leave_group(self, name: str) -> bool:
+        """The engine leaves its group if it is that one; whether it was."""
+        if self.group is None or self.group.name != name:
+            return False
+        self.claim(f"leaving group {name!r}")
+        try:
+            return await self._membership.leave()
+        finally:
+            self.release()
+            self.changed()
+
+    async def fence(self, why: str, *, pause: bool) -> None:
+        """Take the engine out of service until its next complete update; ``pause``: generation, too."""
+        await self.engine_info()
+        self.claim("fencing")
+        try:
+            self._served.fence(why)
+            if pause:
+                self._engine.attach()
+                await self._engine.hold()
+        finally:
+            self.release()
+            self.changed()
 
     async def hold(self, update_id: str, rank: int, budget_s: float) -> Update:
         """One rank shows that it lives; returns the update once it has ended, however it did."""
@@ -248,6 +331,8 @@ class Coordinator:
         info = await self.engine_info()
         header.check(info.tp_size)
         epoch = self._engine.epoch
+        if header.group_name:
+            check_dense(known.manifest)
         key, report = await self._report(header, known, info)
         self._check_still(epoch, header.update_id)
         if not self._delivered_before(header, handles):  # memory that was read cannot be checked again
@@ -319,6 +404,8 @@ class Coordinator:
         if self._claimed_by:
             raise refusals.busy(f"update {header.update_id!r} (rank {header.rank})", self._claimed_by)
         admission.check_suits_engine(header, info, num_buckets)
+        if header.group_name:
+            self._membership.check_joined(header.group_name)
         committed = self._updates.committed(header.weight_version, self._engine.epoch)
         admission.check_version(
             header, self._engine.weight_version, committed=committed, dirty=bool(self._served.dirty)
@@ -365,6 +452,16 @@ class Coordinator:
         ):
             raise refusals.id_reused(update, rank)
 
+    def _check_pushed(self, update: Update, rank: int) -> None:
+        """A commit comes in its turn."""
+        if update.header.group_name:
+            if not update.receiving:
+                raise refusals.not_prepared(update, rank)
+            return
+        unpushed = [bucket for bucket in range(update.num_buckets) if rank in update.waiting_for(bucket)]
+        if unpushed:
+            raise refusals.unpushed_buckets(update, rank, unpushed)
+
     def _joined(self, update_id: str, rank: int) -> Update:
         update = self.find(update_id)
         if rank not in update.deliveries:
@@ -385,8 +482,8 @@ class Coordinator:
     # From collecting to an end.
 
     def _delivered(self, update: Update) -> None:
-        """A rank delivered something: start applying once every rank has brought its first bucket."""
-        ready = update.state is UpdateState.COLLECTING and not update.waiting_for(0)
+        """A rank delivered something: start applying once every rank is there."""
+        ready = update.state is UpdateState.COLLECTING and (update.model_path is not None or not update.unready())
         if ready and not self._give_up_after_restart(update):
             update.phase_seconds[Phase.COLLECT] = time.monotonic() - update.started
             update.start_applying()
@@ -464,6 +561,10 @@ class Coordinator:
 
     async def _until_ended(self, update: Update, rank: int, budget_s: float) -> Update:
         await self._wait(update, rank, WHOLE_UPDATE, self._until_over(update), budget_s)
+        return self._unbroken(update)
+
+    @staticmethod
+    def _unbroken(update: Update) -> Update:
         if update.error:
             raise update.error
         return update
@@ -504,22 +605,6 @@ class Coordinator:
                     raise too_late(update) from None
                 self._caller_deadline(update, budget_s)
 
-    async def _wait_for_bucket(self, update: Update, bucket: int) -> None:
-        """For the applier: until every rank has delivered ``bucket`` (committed, past the last), or will not."""
-        missing = update.uncommitted if bucket == update.num_buckets else lambda: update.waiting_for(bucket)
-        seconds = self._timeouts.bucket
-        try:
-            async with asyncio.timeout(seconds):
-                await self._until(lambda: update.abort_request is not None or not missing())
-        except TimeoutError:
-            what = "to commit" if bucket == update.num_buckets else f"to deliver bucket {bucket}"
-            raise refusals.missing(update, missing(), what, seconds) from None
-        if update.abort_request:
-            raise update.abort_request
-        if bucket < update.num_buckets:  # delivered a while ago, perhaps: a handle that has gone kills the engine
-            for rank, memory in enumerate(update.memories(bucket)):
-                admission.check_handles({bucket: memory}, update.manifest, rank, update.placement)
-
     def _caller_deadline(self, update: Update, seconds: float) -> None:
         """A caller's time is over: a collecting update is given up for all, an applied one goes on."""
         if update.state is UpdateState.COLLECTING:
@@ -533,12 +618,9 @@ class Coordinator:
             self._give_up(update, refusals.missing(update, update.missing(), what, seconds))
 
     def _caller_gone(self, update: Update, rank: int, bucket: int) -> None:
-        """Memory that was not posted yet must not be posted any more: it may be gone with its owner."""
+        """What was not loaded yet cannot be any more: memory, or the sender, may be gone with its owner."""
         error = refusals.caller_gone(update, rank)
-        if bucket == WHOLE_UPDATE:
-            needed = update.num_posted < update.num_buckets or not update.deliveries[rank].committed
-        else:
-            needed = bucket >= update.num_posted
+        needed = update.needs(rank) if bucket == WHOLE_UPDATE else bucket >= update.num_posted
         if update.state is UpdateState.COLLECTING:
             self._give_up(update, error)
         elif update.state is UpdateState.APPLYING and needed:

@@ -12,12 +12,14 @@ Facts borrowed: torch's CUDA IPC handle is 64 bytes, or since 2.5 a version byte
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from stat import S_ISREG
 
 from sidecar.errors import InvalidRequest, Reason
 
 SHM_DIRECTORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives on Linux
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SHM_HEADER_BYTES = 64
 EVENT_HANDLE_BYTES = 64
 COUNTER_BYTES = 8
@@ -91,6 +93,18 @@ class Placement:
     def gpu_of(self, rank: int) -> str:
         """The GPU that it runs on; empty where that is not known."""
         return self.gpu_uuids[rank] if rank < len(self.gpu_uuids) else ""
+
+
+@cache
+def shared_memory_id() -> str:
+    """Which /dev/shm this process sees: the kernel's boot, and the number of that file system's instance in it.
+
+    Two processes whose ids are equal can open each other's files there; empty where it cannot be told.
+    """
+    try:
+        return f"{BOOT_ID.read_text().strip()}:{SHM_DIRECTORY.stat().st_dev}"
+    except OSError:
+        return ""
 
 
 def is_kept(memory: Memory) -> bool:

@@ -208,6 +208,43 @@ def still_going_on(update: Update) -> DeadlinePassed:
     return DeadlinePassed(Reason.STILL_APPLYING, message, updateId=update.id, phase=update.phase.name)
 
 
+def over_a_group(update_id: str, rank: int, call: str) -> InvalidRequest:
+    """A call for memory, in an update whose bytes are broadcast, or one that is in two phases in a call for one."""
+    message = f"rank {rank}: {call} does not suit update {update_id!r}, which comes over a group or in two phases; "
+    message += "call BeginUpdate, PrepareUpdate, CommitUpdate and, in two phases, PublishUpdate"
+    return InvalidRequest(Reason.INVALID_HEADER, message, rank=rank, updateId=update_id)
+
+
+def not_prepared(update: Update, rank: int) -> InvalidRequest:
+    """A commit over a group at which the engine does not wait yet."""
+    message = (
+        f"rank {rank} commits update {update.id!r} before the engine was made ready; call PrepareUpdate first, and "
+    )
+    message += "broadcast when it has returned"
+    return InvalidRequest(Reason.NOT_PREPARED, message, rank=rank, updateId=update.id)
+
+
+def not_ready_to_publish(update: Update, rank: int) -> InvalidRequest:
+    """PublishUpdate out of turn."""
+    message = f"rank {rank} publishes update {update.id!r}, which is not ready for that (phase "
+    message += f"{update.phase.name.lower()}); begin it with two_phase, and wait for the answer to CommitUpdate"
+    return InvalidRequest(Reason.NOT_PREPARED, message, rank=rank, updateId=update.id)
+
+
+def cannot_decide_unpaused(header: Header) -> UnsuitableEngine:
+    """A version that is held back while generation goes on with its weights."""
+    message = f"rank {header.rank}: in two phases weights wait for their version, which needs a pause; choose another "
+    message += "pause mode than none, or leave two_phase out"
+    return UnsuitableEngine(Reason.PAUSE_MODE_UNSUITABLE, message, rank=header.rank, updateId=header.update_id)
+
+
+def group_lost(update: Update, error: SyncError) -> EngineLost:
+    """A bucket that is received by nobody knows which ranks."""
+    message = f"update {update.id!r}: whether every rank has received bucket {update.num_loaded} cannot be told "
+    message += f"({error.message})"
+    return EngineLost(Reason.ENGINE_LOST, message, updateId=update.id, bucket=update.num_loaded)
+
+
 def phase_deadline(update: Update, phase: Phase, error: SyncError) -> DeadlinePassed:
     """The engine did not answer in time, before anything was touched."""
     message = f"update {update.id!r}: phase {phase.name.lower()} waited for the engine, not for a rank "

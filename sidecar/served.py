@@ -3,11 +3,13 @@
     in step   the first server seen, or one whose last complete update was committed here
     unsynced  a server that was started again since: it serves its checkpoint
     dirty     an update broke off half-way, here or in a predecessor: weights of no one version, generation held
+    fenced    somebody has taken it out of service: the weights are of one version, but not of the fleet's
     left      a predecessor has paused generation and may have written weights: dirty until ``recover`` is through,
               which lets generation go on where no weight was written, and otherwise sees that it is held
 
 A complete update leads from any of them to "in step"; a restart leads from any to "unsynced". Nothing else leads out
-of dirty. Invariant: the journal says "begun" whenever a SIGKILL of this process would leave the engine in between.
+of dirty or fenced. Invariant: the journal says "begun" whenever a SIGKILL of this process would leave the engine in
+between.
 """
 
 import logging
@@ -37,14 +39,18 @@ class Engine(Protocol):
 class ServedWeights:
     """The engine's weights, over its lives."""
 
-    def __init__(self, engine: Engine, journal: Journal, *, accept_checkpoint: bool) -> None:
+    def __init__(
+        self, engine: Engine, journal: Journal, *, accept_checkpoint: bool, require_update: bool = False
+    ) -> None:
         self._engine = engine
         self._journal = journal
         self._accept_checkpoint = accept_checkpoint
         self._left = journal.unfinished()
         self.recoverable: Entry | None = None
         """What a predecessor has left this very engine in the middle of, until that was dealt with."""
-        self._in_step_epoch = 1  # the first server that is seen serves what its operator started it with
+        # The first server that is seen serves what its operator started it with, as a rule.
+        self._in_step_epoch = 0 if require_update else 1
+        self._fence: tuple[int, str] | None = None
         self._failure: tuple[int, SyncError] | None = None
 
     @property
@@ -55,8 +61,17 @@ class ServedWeights:
         return None
 
     @property
+    def fenced(self) -> str:
+        """Why the engine is out of service, if it is."""
+        return self._fence[1] if self._fence and self._fence[0] == self._engine.epoch else ""
+
+    def fence(self, why: str) -> None:
+        """Out of service until a complete update."""
+        self._fence = (self._engine.epoch, why)
+
+    @property
     def unsynced(self) -> bool:
-        """Whether the engine was restarted and has had no complete update since."""
+        """Whether the engine serves its checkpoint, having had no complete update since it started."""
         return not self._accept_checkpoint and self._engine.epoch > self._in_step_epoch
 
     def engine_seen(self) -> None:
@@ -101,7 +116,7 @@ class ServedWeights:
         """``update`` is over."""
         if update.state is UpdateState.COMMITTED:
             self._in_step_epoch = self._engine.epoch
-            self._failure = None
+            self._failure = self._fence = None
         elif update.state is UpdateState.FAILED:
             assert update.error is not None
             self._failure = (self._engine.epoch, update.error)

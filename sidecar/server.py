@@ -59,6 +59,7 @@ class SidecarServer:
             Journal(config.journal),
             replay=self._replay,
             accept_checkpoint=config.accept_checkpoint,
+            require_update=config.require_update,
             spans=spans_of(os.environ),
         )
         self._metrics.watch(_Present(self._coordinator))

@@ -59,6 +59,7 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
             current_update=convert.outcome(now.current) if now.current else None,
             last_update=convert.outcome(now.last) if now.last else None,
             engine=convert.engine_info(now.engine, now.epoch) if now.engine else None,
+            group=convert.group_info(now.group) if now.group else None,
         )
 
     async def UpdateWeights(self, request: pb.UpdateWeightsRequest, context: Context) -> pb.UpdateWeightsResponse:
@@ -88,10 +89,20 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
         await self._coordinator.push(request.update_id, request.rank, request.bucket, memory, budget)
         return pb.PushBucketResponse()
 
+    async def PrepareUpdate(self, request: pb.PrepareUpdateRequest, context: Context) -> pb.PrepareUpdateResponse:
+        convert.refuse_unknown_fields(request)
+        await self._coordinator.prepare(request.update_id, request.rank, self._budget(context))
+        return pb.PrepareUpdateResponse()
+
     async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateResponse:
         convert.refuse_unknown_fields(request)
         update = await self._coordinator.commit(request.update_id, request.rank, self._budget(context))
         return pb.CommitUpdateResponse(outcome=convert.outcome(update))
+
+    async def PublishUpdate(self, request: pb.PublishUpdateRequest, context: Context) -> pb.PublishUpdateResponse:
+        convert.refuse_unknown_fields(request)
+        update = await self._coordinator.publish(request.update_id, request.rank, self._budget(context))
+        return pb.PublishUpdateResponse(outcome=convert.outcome(update))
 
     async def AbortUpdate(self, request: pb.AbortUpdateRequest, context: Context) -> pb.AbortUpdateResponse:
         convert.refuse_unknown_fields(request)
@@ -111,6 +122,24 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
         known = await self._manifest(request.manifest, rank=0)
         report = await self._coordinator.check(known, convert.allowance(request.allow))
         return convert.check_response(known.digest, report)
+
+    async def InitWeightsUpdateGroup(
+        self, request: pb.InitWeightsUpdateGroupRequest, context: Context
+    ) -> pb.InitWeightsUpdateGroupResponse:
+        convert.refuse_unknown_fields(request)
+        await self._coordinator.join_group(convert.group(request.group))
+        return pb.InitWeightsUpdateGroupResponse()
+
+    async def DestroyWeightsUpdateGroup(
+        self, request: pb.DestroyWeightsUpdateGroupRequest, context: Context
+    ) -> pb.DestroyWeightsUpdateGroupResponse:
+        convert.refuse_unknown_fields(request)
+        return pb.DestroyWeightsUpdateGroupResponse(was_joined=await self._coordinator.leave_group(request.group_name))
+
+    async def FenceEngine(self, request: pb.FenceEngineRequest, context: Context) -> pb.FenceEngineResponse:
+        convert.refuse_unknown_fields(request)
+        await self._coordinator.fence(request.reason, pause=request.pause)
+        return pb.FenceEngineResponse()
 
     async def GetUpdate(self, request: pb.GetUpdateRequest, context: Context) -> pb.GetUpdateResponse:
         convert.refuse_unknown_fields(request)

@@ -86,6 +86,7 @@ def _rows() -> tuple[Setting, ...]:
         row("gpu-uuids", "GPU-a,GPU-b,...: the engine's, one per TP rank; empty: found out", Kind.NAMES),
         row("replay", "use the engine's replay loader, where it has one", Kind.SWITCH, True),
         row("accept-checkpoint-weights", "a restarted engine is ready with its checkpoint", Kind.SWITCH, False),
+        row("require-update", "an engine is not ready before its first complete update", Kind.SWITCH, False),
         row("journal", "file that says an update is being applied; empty: SOCKET.journal, on TCP none", Kind.PATH),
         row("drain-timeout", "at SIGTERM, for the update in hand", Kind.SECONDS, 30.0),
         row("lame-duck", "at SIGTERM, not ready for so long before updates are refused", Kind.SECONDS, 0.0),

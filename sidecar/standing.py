@@ -24,6 +24,7 @@ class SidecarState(IntEnum):
     DRAINING = 6
     UNSYNCED = 7
     PAUSED = 8
+    FENCED = 9
 
 
 class Engine(Protocol):
@@ -78,6 +79,8 @@ class Standing:
             return SidecarState.COLLECTING
         if self._served.unsynced:
             return SidecarState.UNSYNCED
+        if self._served.fenced:
+            return SidecarState.FENCED
         return SidecarState.PAUSED if self._engine.held else SidecarState.READY
 
     @property
@@ -88,7 +91,9 @@ class Standing:
         if self._served.dirty:
             return self._served.dirty.message
         if self._served.unsynced:
-            return "the engine was restarted and serves its checkpoint; send a complete update"
+            return "the engine has started and serves its checkpoint; send a complete update"
+        if self._served.fenced:
+            return f"out of service until a complete update: {self._served.fenced}"
         if self._held_by_others:
             return "the engine takes no requests (/ready): it starts, or was paused; a complete update lets it go on"
         return self._engine.info.unsupported
@@ -97,7 +102,7 @@ class Standing:
     def ready(self) -> bool:
         """Whether the engine serves the weights of one version, and updates are welcome."""
         info, served = self._engine.info, self._served
-        in_step = served.dirty is None and not served.unsynced and not self._held_by_others
+        in_step = not (served.dirty or served.unsynced or served.fenced or self._held_by_others)
         draining = self._in_hand()[1]
         return not draining and in_step and info is not None and not info.unsupported
 

@@ -1,7 +1,8 @@
 """One update as a state machine: pure, without waiting, time or I/O; the coordinator is its only writer.
 
                  every rank joined with one manifest
-                 and delivered its first bucket             published
+                 and delivered its first bucket, or
+                 asked for the engine to be made ready      published
     COLLECTING ------------------------------> APPLYING ----------------> COMMITTED
         |                                        |   |
         | a deadline, a difference, an abort     |   | broke off with the engine restored
@@ -35,6 +36,18 @@ from sidecar.manifest_check import Allowance
 from sidecar.memory import Memory, Placement
 
 MAX_TEXT = 128
+MUST_BE_EQUAL = (
+    "weight_version",
+    "pause_mode",
+    "selector",
+    "verify",
+    "content_digest",
+    "allow",
+    "keep_cache",
+    "group_name",
+    "two_phase",
+)
+"""Of the headers of one update's ranks; their ids are, or it would be another update."""
 LATE_S = 30.0
 """A rank that comes so soon after its peers' attempt was aborted, for the first time, was meant to be part of it."""
 
@@ -55,7 +68,7 @@ class UpdateState(IntEnum):
 
 
 class Phase(IntEnum):
-    """The steps of an update; the numbers are the protocol's. In time, VERIFY comes between FLUSH and PUBLISH."""
+    """The steps of an update; the numbers are the protocol's. In time, VERIFY and DECIDE come before PUBLISH."""
 
     COLLECT = 1
     PAUSE = 2
@@ -66,6 +79,16 @@ class Phase(IntEnum):
     PUBLISH = 7
     RESUME = 8
     VERIFY = 9
+    DECIDE = 10
+    """All is ready, and the trainer's word to publish is waited for."""
+
+
+class Transport(IntEnum):
+    """How the bytes come to the engine; the numbers are the protocol's."""
+
+    IPC = 1
+    DISTRIBUTED = 2
+    DISK = 3
 
 
 class PauseMode(StrEnum):
@@ -129,13 +152,18 @@ class Header:
     allow: Allowance = field(default_factory=Allowance)
     keep_cache: bool = False
     """Whether the prefix cache is left as it is."""
+    group_name: str = ""
+    """Over which torch.distributed group the bytes come; empty: from memory."""
+    two_phase: bool = False
+    """Whether a word of the trainer's is needed before the version is published."""
 
     def check(self, engine_tp_size: int) -> None:
         """Raise if this cannot be an update of an engine with ``engine_tp_size`` TP ranks."""
         self._check_text("update_id", self.update_id, at_least=1)
         self._check_text("weight_version", self.weight_version, at_least=1)
         self._check_text("content_digest", self.content_digest, at_least=0)
-        self._check_rank(engine_tp_size)
+        self._check_text("group_name", self.group_name, at_least=0)
+        self._check_rank(self.tp_size if self.group_name else engine_tp_size)
 
     def _check_text(self, name: str, value: str, at_least: int) -> None:
         if not at_least <= len(value) <= MAX_TEXT or not value.isprintable():
@@ -144,6 +172,7 @@ class Header:
             raise InvalidRequest(Reason.INVALID_HEADER, message, rank=self.rank, field=name)
 
     def _check_rank(self, engine_tp_size: int) -> None:
+        """Over a group any number of ranks takes part, since the engine reads the memory of none."""
         if self.tp_size != engine_tp_size:
             message = f"rank {self.rank}: the trainer sends from {self.tp_size} ranks, but the engine has tp_size "
             message += f"{engine_tp_size}; start one sender per engine TP rank"
@@ -163,6 +192,10 @@ class Delivery:
     """By bucket."""
     committed: bool = False
     """Whether the rank said that this is all."""
+    prepared: bool = False
+    """Whether it has asked for the engine to be made ready."""
+    published: bool = False
+    """Whether it has said that the version is to be published."""
     owner: str = field(default_factory=CALLER.get)
     """Who brought it."""
     joined_at: float = field(default_factory=time.monotonic)
@@ -208,6 +241,8 @@ class Update:
     """Why that was not a replay, where there is a replay loader."""
     notes: list[str] = field(default_factory=list)
     """What a person should know of it, in sentences."""
+    receiving: bool = False
+    """Whether the engine has been made ready for the first bucket."""
     phase: Phase = Phase.COLLECT
     phase_since: float = inf
     """On the coordinator's clock: when that began."""
@@ -242,6 +277,13 @@ class Update:
         return len(self.manifest.buckets)
 
     @property
+    def transport(self) -> Transport:
+        """How its bytes come."""
+        if self.model_path is not None:
+            return Transport.DISK
+        return Transport.DISTRIBUTED if self.header.group_name else Transport.IPC
+
+    @property
     def may_be_tried_again(self) -> bool:
         """Whether its id may be used for the next attempt."""
         return self.state in (UpdateState.ABORTED, UpdateState.FAILED)
@@ -258,7 +300,7 @@ class Update:
     def check_same(self, header: Header, manifest: Manifest, digest: str) -> None:
         """Raise ``UpdateConflict`` if another rank's call does not describe this same update."""
         first, rank = self.header, header.rank
-        for name in ("weight_version", "pause_mode", "selector", "verify", "content_digest", "allow", "keep_cache"):
+        for name in MUST_BE_EQUAL:
             mine, theirs = getattr(first, name), getattr(header, name)
             if mine != theirs:
                 raise self._ranks_differ(rank, f"{name} {_shown(mine)} against {_shown(theirs)}")
@@ -292,10 +334,23 @@ class Update:
             raise RankAlreadyDelivered(Reason.RANK_DELIVERED_TWICE, message, rank=rank, bucket=bucket, updateId=self.id)
 
     def waiting_for(self, bucket: int) -> list[int]:
-        """Ranks that have not delivered ``bucket``, in order; none past the last bucket."""
+        """Ranks that have not delivered ``bucket``, in order; none past the last bucket.
+
+        Over a group rank 0 alone sends, and all buckets come once it has said so.
+        """
         if bucket >= self.num_buckets:
             return []
+        if self.header.group_name:
+            return [] if self._committed(0) else [0]
         return [rank for rank in range(self.header.tp_size) if bucket not in self._handles(rank)]
+
+    def unready(self) -> list[int]:
+        """Ranks that have neither delivered their first bucket nor asked for the engine to be made ready, in order."""
+        return [rank for rank in range(self.header.tp_size) if not self._is_ready(rank)]
+
+    def unpublished(self) -> list[int]:
+        """Ranks whose word to publish is missing, in order; none where none is needed."""
+        return [rank for rank in range(self.header.tp_size) if self.header.two_phase and not self._published(rank)]
 
     def uncommitted(self) -> list[int]:
         """Ranks that have not said that they are done, in order."""
@@ -312,14 +367,28 @@ class Update:
         """Ranks that the update waits for right now, whatever for."""
         if self.state.ended:
             return []
+        if self.state is UpdateState.COLLECTING and self.model_path is None:
+            return self.unready()
         if self.num_posted < self.num_buckets:
             return self.waiting_for(self.num_posted)
-        return self.uncommitted()
+        return self.uncommitted() or self.unpublished()
+
+    def needs(self, rank: int) -> bool:
+        """Whether the update does not get through without ``rank``, which has said all that it will say by now."""
+        if rank in self.uncommitted() or rank in self.unpublished():
+            return True
+        if self.header.group_name:
+            return rank == 0 and self.num_loaded < self.num_buckets
+        return self.num_posted < self.num_buckets
 
     @property
     def complete(self) -> bool:
-        """Whether nothing more is needed from any rank."""
-        return not self.uncommitted() and not any(self.waiting_for(b) for b in range(self.num_buckets))
+        """Whether nothing more is needed from any rank; over a group, the sender is until all is loaded."""
+        if self.uncommitted() or self.unpublished():
+            return False
+        if self.header.group_name:
+            return self.num_loaded == self.num_buckets
+        return not any(self.waiting_for(b) for b in range(self.num_buckets))
 
     def memories(self, bucket: int) -> list[Memory]:
         """The handles of one bucket in rank order; every rank must have delivered it."""
@@ -333,7 +402,7 @@ class Update:
     def start_applying(self) -> None:
         """COLLECTING -> APPLYING: from here on only the applier decides."""
         assert self.state is UpdateState.COLLECTING
-        assert not self.waiting_for(0)
+        assert self.model_path is not None or not self.unready()
         self.state = UpdateState.APPLYING
 
     def end(self, state: UpdateState, error: SyncError | None = None) -> None:
@@ -350,6 +419,14 @@ class Update:
     def _committed(self, rank: int) -> bool:
         delivery = self.deliveries.get(rank)
         return delivery.committed if delivery else False
+
+    def _published(self, rank: int) -> bool:
+        delivery = self.deliveries.get(rank)
+        return delivery.published if delivery else False
+
+    def _is_ready(self, rank: int) -> bool:
+        delivery = self.deliveries.get(rank)
+        return delivery is not None and (delivery.prepared or 0 in delivery.handles)
 
 
 def _shown(value: object) -> str:

@@ -8,14 +8,15 @@ import base64
 from collections.abc import Sequence
 
 from sidecar import payload
-from sidecar.engine.sglang import SGLangEngine, again, broke
+from sidecar.engine.groups import GroupEngine
+from sidecar.engine.sglang import again, broke
 from sidecar.errors import EngineRefused
 from sidecar.lora import AdapterSpec
 
 LOAD, UNLOAD, MODELS = "/load_lora_adapter_from_tensors", "/unload_lora_adapter", "/v1/models"
 
 
-class LoraEngine(SGLangEngine):
+class LoraEngine(GroupEngine):
     """One SGLang server that may have been started with --enable-lora."""
 
     async def loaded_adapters(self) -> tuple[str, ...]:

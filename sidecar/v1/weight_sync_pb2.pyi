@@ -254,6 +254,12 @@ class _FeatureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Feature.Value
     """CudaIpcHandle.lease and kept."""
     FEATURE_LORA_ADAPTER: _Feature.ValueType  # 13
     """LoadLoraAdapter and UnloadLoraAdapter."""
+    FEATURE_DISTRIBUTED: _Feature.ValueType  # 15
+    """InitWeightsUpdateGroup, DestroyWeightsUpdateGroup, PrepareUpdate, UpdateHeader.group_name."""
+    FEATURE_TWO_PHASE: _Feature.ValueType  # 16
+    """UpdateHeader.two_phase, PublishUpdate."""
+    FEATURE_FENCE: _Feature.ValueType  # 17
+    """FenceEngine."""
 
 class Feature(_Feature, metaclass=_FeatureEnumTypeWrapper):
     """Something this sidecar's protocol can do. Absent means that an adapter must not ask for it."""
@@ -288,6 +294,12 @@ FEATURE_KEPT_MEMORY: Feature.ValueType  # 14
 """CudaIpcHandle.lease and kept."""
 FEATURE_LORA_ADAPTER: Feature.ValueType  # 13
 """LoadLoraAdapter and UnloadLoraAdapter."""
+FEATURE_DISTRIBUTED: Feature.ValueType  # 15
+"""InitWeightsUpdateGroup, DestroyWeightsUpdateGroup, PrepareUpdate, UpdateHeader.group_name."""
+FEATURE_TWO_PHASE: Feature.ValueType  # 16
+"""UpdateHeader.two_phase, PublishUpdate."""
+FEATURE_FENCE: Feature.ValueType  # 17
+"""FenceEngine."""
 Global___Feature: _TypeAlias = Feature  # noqa: Y015
 
 class _SidecarState:
@@ -316,6 +328,8 @@ class _SidecarStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SidecarS
     """The engine is up but takes no requests, and no update of this sidecar is the reason: it starts, or somebody has
     paused it. A complete update lets it go on.
     """
+    SIDECAR_STATE_FENCED: _SidecarState.ValueType  # 9
+    """A fleet went on without this engine: not ready until its next complete update."""
 
 class SidecarState(_SidecarState, metaclass=_SidecarStateEnumTypeWrapper):
     """What an orchestrator cares for."""
@@ -340,6 +354,8 @@ SIDECAR_STATE_PAUSED: SidecarState.ValueType  # 8
 """The engine is up but takes no requests, and no update of this sidecar is the reason: it starts, or somebody has
 paused it. A complete update lets it go on.
 """
+SIDECAR_STATE_FENCED: SidecarState.ValueType  # 9
+"""A fleet went on without this engine: not ready until its next complete update."""
 Global___SidecarState: _TypeAlias = SidecarState  # noqa: Y015
 
 class _UpdateState:
@@ -404,9 +420,11 @@ class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType
     """Generation goes on."""
     PHASE_VERIFY: _Phase.ValueType  # 9
     """The engine's checksums are compared, if the update asks for it."""
+    PHASE_DECIDE: _Phase.ValueType  # 10
+    """In two phases: everything is ready, and PublishUpdate is waited for."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
-    """The steps of an update. In time, VERIFY comes between FLUSH and PUBLISH."""
+    """The steps of an update. In time, VERIFY and then DECIDE come between FLUSH and PUBLISH."""
 
 PHASE_UNSPECIFIED: Phase.ValueType  # 0
 """Not set."""
@@ -428,6 +446,8 @@ PHASE_RESUME: Phase.ValueType  # 8
 """Generation goes on."""
 PHASE_VERIFY: Phase.ValueType  # 9
 """The engine's checksums are compared, if the update asks for it."""
+PHASE_DECIDE: Phase.ValueType  # 10
+"""In two phases: everything is ready, and PublishUpdate is waited for."""
 Global___Phase: _TypeAlias = Phase  # noqa: Y015
 
 class _LoadPath:
@@ -465,6 +485,34 @@ LOAD_PATH_RECORDED: LoadPath.ValueType  # 4
 LOAD_PATH_FELL_BACK: LoadPath.ValueType  # 5
 """The model's own load, since it cannot be replayed."""
 Global___LoadPath: _TypeAlias = LoadPath  # noqa: Y015
+
+class _Transport:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transport.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRANSPORT_UNSPECIFIED: _Transport.ValueType  # 0
+    """Not set."""
+    TRANSPORT_IPC: _Transport.ValueType  # 1
+    """From memory that a trainer's rank exports on the engine's host."""
+    TRANSPORT_DISTRIBUTED: _Transport.ValueType  # 2
+    """Over a torch.distributed group."""
+    TRANSPORT_DISK: _Transport.ValueType  # 3
+    """From a disk that the engine reads."""
+
+class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
+    """How the bytes of an update come to the engine."""
+
+TRANSPORT_UNSPECIFIED: Transport.ValueType  # 0
+"""Not set."""
+TRANSPORT_IPC: Transport.ValueType  # 1
+"""From memory that a trainer's rank exports on the engine's host."""
+TRANSPORT_DISTRIBUTED: Transport.ValueType  # 2
+"""Over a torch.distributed group."""
+TRANSPORT_DISK: Transport.ValueType  # 3
+"""From a disk that the engine reads."""
+Global___Transport: _TypeAlias = Transport  # noqa: Y015
 
 class _Severity:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -773,6 +821,8 @@ class UpdateHeader(_message.Message):
     CONTENT_DIGEST_FIELD_NUMBER: _builtins.int
     ALLOW_FIELD_NUMBER: _builtins.int
     KEEP_CACHE_FIELD_NUMBER: _builtins.int
+    GROUP_NAME_FIELD_NUMBER: _builtins.int
+    TWO_PHASE_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Names the update; chosen by the trainer, the same on every rank, at most 128 printable characters. The id of an
     update that was aborted or failed may be used for the next attempt; that of a committed one never again.
@@ -799,6 +849,13 @@ class UpdateHeader(_message.Message):
     """Whether the prefix cache is left as it is: it is not flushed, and outcome.cache_flushed is false. Refused with the
     pause modes that see by a flush whether the engine is idle: DRAIN, and NONE where an idle engine is needed.
     """
+    group_name: _builtins.str
+    """Not empty: the bytes come from rank 0 over the group of this name (InitWeightsUpdateGroup), not from memory. Then
+    tp_size is the number of the trainer's ranks that take part, whatever the engine's is; rank 0 alone sends, and there
+    are no handles. The tensors of each bucket must lie densely, in the manifest's order.
+    """
+    two_phase: _builtins.bool
+    """Whether CommitUpdate stops short of publishing: PublishUpdate does that. With PAUSE_MODE_NONE refused."""
     @_builtins.property
     def allow(self) -> Global___ManifestAllowance:
         """Names that may be sent although the model does not have them, and that may be missing although it does."""
@@ -816,10 +873,12 @@ class UpdateHeader(_message.Message):
         content_digest: _builtins.str = ...,
         allow: Global___ManifestAllowance | None = ...,
         keep_cache: _builtins.bool = ...,
+        group_name: _builtins.str = ...,
+        two_phase: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "content_digest", b"content_digest", "keep_cache", b"keep_cache", "pause_mode", b"pause_mode", "rank", b"rank", "selector", b"selector", "tp_size", b"tp_size", "update_id", b"update_id", "verify", b"verify", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "content_digest", b"content_digest", "group_name", b"group_name", "keep_cache", b"keep_cache", "pause_mode", b"pause_mode", "rank", b"rank", "selector", b"selector", "tp_size", b"tp_size", "two_phase", b"two_phase", "update_id", b"update_id", "verify", b"verify", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -927,6 +986,7 @@ class EngineInfo(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     GPU_UUIDS_FIELD_NUMBER: _builtins.int
     REPLAYS_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_ID_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """SGLang's release, such as "0.5.23"."""
     tp_size: _builtins.int
@@ -943,6 +1003,10 @@ class EngineInfo(_message.Message):
     """Which of the engine's lives, counted by this sidecar: another number means that it was restarted."""
     replays: _builtins.bool
     """Whether updates go through the replay loader, as it was started with --custom-weight-loader adapter.loader.load."""
+    shared_memory_id: _builtins.str
+    """Which /dev/shm the sidecar sees: equal only for processes that share it, as memory can be shared among those alone.
+    Empty where it cannot be told.
+    """
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """By TP rank: the GPU that it runs on, as "nvidia-smi -L" shows it. Memory of another GPU is refused. An empty string
@@ -961,10 +1025,11 @@ class EngineInfo(_message.Message):
         epoch: _builtins.int = ...,
         gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
         replays: _builtins.bool = ...,
+        shared_memory_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dialect", b"dialect", "epoch", b"epoch", "gpu_uuids", b"gpu_uuids", "replays", b"replays", "tp_size", b"tp_size", "unsupported_reason", b"unsupported_reason", "uses_sessions", b"uses_sessions", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dialect", b"dialect", "epoch", b"epoch", "gpu_uuids", b"gpu_uuids", "replays", b"replays", "shared_memory_id", b"shared_memory_id", "tp_size", b"tp_size", "unsupported_reason", b"unsupported_reason", "uses_sessions", b"uses_sessions", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -999,6 +1064,7 @@ class GetStatusResponse(_message.Message):
     CURRENT_UPDATE_FIELD_NUMBER: _builtins.int
     LAST_UPDATE_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     state: Global___SidecarState.ValueType
     """In one word."""
     reason: _builtins.str
@@ -1017,6 +1083,10 @@ class GetStatusResponse(_message.Message):
     def engine(self) -> Global___EngineInfo:
         """The engine, once it has been seen."""
 
+    @_builtins.property
+    def group(self) -> Global___WeightsUpdateGroup:
+        """The group that the engine has joined, if any."""
+
     def __init__(
         self,
         *,
@@ -1026,10 +1096,11 @@ class GetStatusResponse(_message.Message):
         current_update: Global___UpdateOutcome | None = ...,
         last_update: Global___UpdateOutcome | None = ...,
         engine: Global___EngineInfo | None = ...,
+        group: Global___WeightsUpdateGroup | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["current_update", b"current_update", "engine", b"engine", "last_update", b"last_update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["current_update", b"current_update", "engine", b"engine", "group", b"group", "last_update", b"last_update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["current_update", b"current_update", "engine", b"engine", "last_update", b"last_update", "reason", b"reason", "state", b"state", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["current_update", b"current_update", "engine", b"engine", "group", b"group", "last_update", b"last_update", "reason", b"reason", "state", b"state", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1086,6 +1157,7 @@ class UpdateOutcome(_message.Message):
     NOTES_FIELD_NUMBER: _builtins.int
     LOAD_PATH_FIELD_NUMBER: _builtins.int
     LOAD_REASON_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Its id."""
     weight_version: _builtins.str
@@ -1118,6 +1190,8 @@ class UpdateOutcome(_message.Message):
     """The slowest of the ways in which its buckets were loaded, over all ranks."""
     load_reason: _builtins.str
     """Why that was no replay, where the engine has a replay loader."""
+    transport: Global___Transport.ValueType
+    """How its bytes come to the engine."""
     @_builtins.property
     def waiting_for_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks that it waits for, while it collects or waits for a bucket."""
@@ -1152,14 +1226,278 @@ class UpdateOutcome(_message.Message):
         notes: _abc.Iterable[_builtins.str] | None = ...,
         load_path: Global___LoadPath.ValueType = ...,
         load_reason: _builtins.str = ...,
+        transport: Global___Transport.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_flushed", b"cache_flushed", "engine_epoch", b"engine_epoch", "error", b"error", "error_reason", b"error_reason", "load_path", b"load_path", "load_reason", b"load_reason", "manifest_digest", b"manifest_digest", "notes", b"notes", "num_buckets", b"num_buckets", "num_posted", b"num_posted", "num_posted_ever", b"num_posted_ever", "phases", b"phases", "state", b"state", "update_id", b"update_id", "verification", b"verification", "waiting_for_ranks", b"waiting_for_ranks", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_flushed", b"cache_flushed", "engine_epoch", b"engine_epoch", "error", b"error", "error_reason", b"error_reason", "load_path", b"load_path", "load_reason", b"load_reason", "manifest_digest", b"manifest_digest", "notes", b"notes", "num_buckets", b"num_buckets", "num_posted", b"num_posted", "num_posted_ever", b"num_posted_ever", "phases", b"phases", "state", b"state", "transport", b"transport", "update_id", b"update_id", "verification", b"verification", "waiting_for_ranks", b"waiting_for_ranks", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateOutcome: _TypeAlias = UpdateOutcome  # noqa: Y015
+
+@_typing.final
+class WeightsUpdateGroup(_message.Message):
+    """A torch.distributed group of a trainer and engines."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_NAME_FIELD_NUMBER: _builtins.int
+    MASTER_ADDRESS_FIELD_NUMBER: _builtins.int
+    MASTER_PORT_FIELD_NUMBER: _builtins.int
+    RANK_OFFSET_FIELD_NUMBER: _builtins.int
+    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    group_name: _builtins.str
+    """Names it; new for every attempt, at most 128 printable characters."""
+    master_address: _builtins.str
+    """Where the trainer's rank 0 serves the group's TCPStore: a host name or address that the engine reaches."""
+    master_port: _builtins.int
+    """Its port."""
+    rank_offset: _builtins.int
+    """The engine's TP rank r is rank rank_offset + r of the group; 1 or more, since rank 0 is the trainer's."""
+    world_size: _builtins.int
+    """Members in all."""
+    backend: _builtins.str
+    """"nccl" or "gloo"."""
+    def __init__(
+        self,
+        *,
+        group_name: _builtins.str = ...,
+        master_address: _builtins.str = ...,
+        master_port: _builtins.int = ...,
+        rank_offset: _builtins.int = ...,
+        world_size: _builtins.int = ...,
+        backend: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "group_name", b"group_name", "master_address", b"master_address", "master_port", b"master_port", "rank_offset", b"rank_offset", "world_size", b"world_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsUpdateGroup: _TypeAlias = WeightsUpdateGroup  # noqa: Y015
+
+@_typing.final
+class InitWeightsUpdateGroupRequest(_message.Message):
+    """See WeightSyncService.InitWeightsUpdateGroup."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def group(self) -> Global___WeightsUpdateGroup:
+        """What to join."""
+
+    def __init__(
+        self,
+        *,
+        group: Global___WeightsUpdateGroup | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InitWeightsUpdateGroupRequest: _TypeAlias = InitWeightsUpdateGroupRequest  # noqa: Y015
+
+@_typing.final
+class InitWeightsUpdateGroupResponse(_message.Message):
+    """See WeightSyncService.InitWeightsUpdateGroup."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InitWeightsUpdateGroupResponse: _TypeAlias = InitWeightsUpdateGroupResponse  # noqa: Y015
+
+@_typing.final
+class DestroyWeightsUpdateGroupRequest(_message.Message):
+    """See WeightSyncService.DestroyWeightsUpdateGroup."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_NAME_FIELD_NUMBER: _builtins.int
+    group_name: _builtins.str
+    """Its name."""
+    def __init__(
+        self,
+        *,
+        group_name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_name", b"group_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DestroyWeightsUpdateGroupRequest: _TypeAlias = DestroyWeightsUpdateGroupRequest  # noqa: Y015
+
+@_typing.final
+class DestroyWeightsUpdateGroupResponse(_message.Message):
+    """See WeightSyncService.DestroyWeightsUpdateGroup."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAS_JOINED_FIELD_NUMBER: _builtins.int
+    was_joined: _builtins.bool
+    """Whether the engine was in it. If not, nothing was done."""
+    def __init__(
+        self,
+        *,
+        was_joined: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_joined", b"was_joined"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DestroyWeightsUpdateGroupResponse: _TypeAlias = DestroyWeightsUpdateGroupResponse  # noqa: Y015
+
+@_typing.final
+class FenceEngineRequest(_message.Message):
+    """See WeightSyncService.FenceEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    PAUSE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why, in a sentence, for status and the log."""
+    pause: _builtins.bool
+    """Whether generation is paused too."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        pause: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pause", b"pause", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FenceEngineRequest: _TypeAlias = FenceEngineRequest  # noqa: Y015
+
+@_typing.final
+class FenceEngineResponse(_message.Message):
+    """See WeightSyncService.FenceEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FenceEngineResponse: _TypeAlias = FenceEngineResponse  # noqa: Y015
+
+@_typing.final
+class PrepareUpdateRequest(_message.Message):
+    """See WeightSyncService.PrepareUpdate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPDATE_ID_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    update_id: _builtins.str
+    """Which update."""
+    rank: _builtins.int
+    """From which rank."""
+    def __init__(
+        self,
+        *,
+        update_id: _builtins.str = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "update_id", b"update_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrepareUpdateRequest: _TypeAlias = PrepareUpdateRequest  # noqa: Y015
+
+@_typing.final
+class PrepareUpdateResponse(_message.Message):
+    """See WeightSyncService.PrepareUpdate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrepareUpdateResponse: _TypeAlias = PrepareUpdateResponse  # noqa: Y015
+
+@_typing.final
+class PublishUpdateRequest(_message.Message):
+    """See WeightSyncService.PublishUpdate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPDATE_ID_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    update_id: _builtins.str
+    """Which update."""
+    rank: _builtins.int
+    """From which rank."""
+    def __init__(
+        self,
+        *,
+        update_id: _builtins.str = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "update_id", b"update_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishUpdateRequest: _TypeAlias = PublishUpdateRequest  # noqa: Y015
+
+@_typing.final
+class PublishUpdateResponse(_message.Message):
+    """See WeightSyncService.PublishUpdate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcome(self) -> Global___UpdateOutcome:
+        """Always COMMITTED: anything else is an error."""
+
+    def __init__(
+        self,
+        *,
+        outcome: Global___UpdateOutcome | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishUpdateResponse: _TypeAlias = PublishUpdateResponse  # noqa: Y015
 
 @_typing.final
 class UpdateWeightsRequest(_message.Message):
@@ -1411,7 +1749,7 @@ class CommitUpdateResponse(_message.Message):
     OUTCOME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outcome(self) -> Global___UpdateOutcome:
-        """Always COMMITTED: anything else is an error."""
+        """COMMITTED, or in two phases APPLYING with all of it ready: anything else is an error."""
 
     def __init__(
         self,

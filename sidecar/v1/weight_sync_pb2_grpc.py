@@ -65,10 +65,20 @@ class WeightSyncServiceStub:
                 request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.PushBucketRequest.SerializeToString,
                 response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.PushBucketResponse.FromString,
                 _registered_method=True)
+        self.PrepareUpdate = channel.unary_unary(
+                '/sidecar.v1.WeightSyncService/PrepareUpdate',
+                request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.PrepareUpdateRequest.SerializeToString,
+                response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.PrepareUpdateResponse.FromString,
+                _registered_method=True)
         self.CommitUpdate = channel.unary_unary(
                 '/sidecar.v1.WeightSyncService/CommitUpdate',
                 request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.CommitUpdateRequest.SerializeToString,
                 response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.CommitUpdateResponse.FromString,
+                _registered_method=True)
+        self.PublishUpdate = channel.unary_unary(
+                '/sidecar.v1.WeightSyncService/PublishUpdate',
+                request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.PublishUpdateRequest.SerializeToString,
+                response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.PublishUpdateResponse.FromString,
                 _registered_method=True)
         self.AbortUpdate = channel.unary_unary(
                 '/sidecar.v1.WeightSyncService/AbortUpdate',
@@ -94,6 +104,21 @@ class WeightSyncServiceStub:
                 '/sidecar.v1.WeightSyncService/UnloadLoraAdapter',
                 request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.UnloadLoraAdapterRequest.SerializeToString,
                 response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.UnloadLoraAdapterResponse.FromString,
+                _registered_method=True)
+        self.InitWeightsUpdateGroup = channel.unary_unary(
+                '/sidecar.v1.WeightSyncService/InitWeightsUpdateGroup',
+                request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.InitWeightsUpdateGroupRequest.SerializeToString,
+                response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.InitWeightsUpdateGroupResponse.FromString,
+                _registered_method=True)
+        self.DestroyWeightsUpdateGroup = channel.unary_unary(
+                '/sidecar.v1.WeightSyncService/DestroyWeightsUpdateGroup',
+                request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.DestroyWeightsUpdateGroupRequest.SerializeToString,
+                response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.DestroyWeightsUpdateGroupResponse.FromString,
+                _registered_method=True)
+        self.FenceEngine = channel.unary_unary(
+                '/sidecar.v1.WeightSyncService/FenceEngine',
+                request_serializer=sidecar_dot_v1_dot_weight__sync__pb2.FenceEngineRequest.SerializeToString,
+                response_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.FenceEngineResponse.FromString,
                 _registered_method=True)
         self.GetUpdate = channel.unary_unary(
                 '/sidecar.v1.WeightSyncService/GetUpdate',
@@ -152,8 +177,27 @@ class WeightSyncServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PrepareUpdate(self, request, context):
+        """Has the engine made ready for an update that was begun: returns when generation is paused and the engine waits for
+        the first bucket, with no weight written yet. Every rank calls. Obligatory for an update over a group, where the
+        engine must not wait for bytes before all receivers can; for others it moves the pause before the first bucket.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CommitUpdate(self, request, context):
-        """Says that this rank has pushed everything: returns when the engine serves the new version.
+        """Says that this rank has pushed everything: returns when the engine serves the new version, or, in an update in two
+        phases, when it holds all of it ready to be published. Over a group it says that the broadcasts follow now, all
+        buckets in the manifest's order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PublishUpdate(self, request, context):
+        """The second phase of an update with UpdateHeader.two_phase: the version is published and generation goes on. Every
+        rank calls; returns when the engine serves it. A rank whose call ends before, or that aborts, fails the update.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,6 +238,29 @@ class WeightSyncServiceServicer:
     def UnloadLoraAdapter(self, request, context):
         """Takes a LoRA adapter out of the engine, once the requests that use it have ended. One caller is enough, whatever
         the engine's tp_size; more do no harm.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InitWeightsUpdateGroup(self, request, context):
+        """Has the engine join a torch.distributed group, over which a trainer that shares no memory with it broadcasts weights.
+        Returns when all members have joined. A group that was there before is left first. Not while an update is in hand.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DestroyWeightsUpdateGroup(self, request, context):
+        """Has the engine leave its group, if it is in that one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FenceEngine(self, request, context):
+        """Takes the engine out of service until its next complete update: it is not ready, and, if asked for, generation is
+        paused. For a fleet whose other engines went on without this one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -240,10 +307,20 @@ def add_WeightSyncServiceServicer_to_server(servicer, server):
                     request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.PushBucketRequest.FromString,
                     response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.PushBucketResponse.SerializeToString,
             ),
+            'PrepareUpdate': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrepareUpdate,
+                    request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.PrepareUpdateRequest.FromString,
+                    response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.PrepareUpdateResponse.SerializeToString,
+            ),
             'CommitUpdate': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitUpdate,
                     request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.CommitUpdateRequest.FromString,
                     response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.CommitUpdateResponse.SerializeToString,
+            ),
+            'PublishUpdate': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishUpdate,
+                    request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.PublishUpdateRequest.FromString,
+                    response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.PublishUpdateResponse.SerializeToString,
             ),
             'AbortUpdate': grpc.unary_unary_rpc_method_handler(
                     servicer.AbortUpdate,
@@ -269,6 +346,21 @@ def add_WeightSyncServiceServicer_to_server(servicer, server):
                     servicer.UnloadLoraAdapter,
                     request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.UnloadLoraAdapterRequest.FromString,
                     response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.UnloadLoraAdapterResponse.SerializeToString,
+            ),
+            'InitWeightsUpdateGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.InitWeightsUpdateGroup,
+                    request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.InitWeightsUpdateGroupRequest.FromString,
+                    response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.InitWeightsUpdateGroupResponse.SerializeToString,
+            ),
+            'DestroyWeightsUpdateGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.DestroyWeightsUpdateGroup,
+                    request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.DestroyWeightsUpdateGroupRequest.FromString,
+                    response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.DestroyWeightsUpdateGroupResponse.SerializeToString,
+            ),
+            'FenceEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.FenceEngine,
+                    request_deserializer=sidecar_dot_v1_dot_weight__sync__pb2.FenceEngineRequest.FromString,
+                    response_serializer=sidecar_dot_v1_dot_weight__sync__pb2.FenceEngineResponse.SerializeToString,
             ),
             'GetUpdate': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUpdate,
@@ -450,6 +542,33 @@ class WeightSyncService:
             _registered_method=True)
 
     @staticmethod
+    def PrepareUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecar.v1.WeightSyncService/PrepareUpdate',
+            sidecar_dot_v1_dot_weight__sync__pb2.PrepareUpdateRequest.SerializeToString,
+            sidecar_dot_v1_dot_weight__sync__pb2.PrepareUpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CommitUpdate(request,
             target,
             options=(),
@@ -466,6 +585,33 @@ class WeightSyncService:
             '/sidecar.v1.WeightSyncService/CommitUpdate',
             sidecar_dot_v1_dot_weight__sync__pb2.CommitUpdateRequest.SerializeToString,
             sidecar_dot_v1_dot_weight__sync__pb2.CommitUpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecar.v1.WeightSyncService/PublishUpdate',
+            sidecar_dot_v1_dot_weight__sync__pb2.PublishUpdateRequest.SerializeToString,
+            sidecar_dot_v1_dot_weight__sync__pb2.PublishUpdateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -601,6 +747,87 @@ class WeightSyncService:
             '/sidecar.v1.WeightSyncService/UnloadLoraAdapter',
             sidecar_dot_v1_dot_weight__sync__pb2.UnloadLoraAdapterRequest.SerializeToString,
             sidecar_dot_v1_dot_weight__sync__pb2.UnloadLoraAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InitWeightsUpdateGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecar.v1.WeightSyncService/InitWeightsUpdateGroup',
+            sidecar_dot_v1_dot_weight__sync__pb2.InitWeightsUpdateGroupRequest.SerializeToString,
+            sidecar_dot_v1_dot_weight__sync__pb2.InitWeightsUpdateGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DestroyWeightsUpdateGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecar.v1.WeightSyncService/DestroyWeightsUpdateGroup',
+            sidecar_dot_v1_dot_weight__sync__pb2.DestroyWeightsUpdateGroupRequest.SerializeToString,
+            sidecar_dot_v1_dot_weight__sync__pb2.DestroyWeightsUpdateGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FenceEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecar.v1.WeightSyncService/FenceEngine',
+            sidecar_dot_v1_dot_weight__sync__pb2.FenceEngineRequest.SerializeToString,
+            sidecar_dot_v1_dot_weight__sync__pb2.FenceEngineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -62,8 +62,20 @@ class WeightSyncServiceStub:
     """Hands over one bucket: returns when the engine has loaded it, so that its memory can be used again as soon as
     its reference count says so. Several calls may be in flight; buckets are loaded in the manifest's order.
     """
+    PrepareUpdate: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.PrepareUpdateRequest, _weight_sync_pb2.PrepareUpdateResponse]
+    """Has the engine made ready for an update that was begun: returns when generation is paused and the engine waits for
+    the first bucket, with no weight written yet. Every rank calls. Obligatory for an update over a group, where the
+    engine must not wait for bytes before all receivers can; for others it moves the pause before the first bucket.
+    """
     CommitUpdate: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.CommitUpdateRequest, _weight_sync_pb2.CommitUpdateResponse]
-    """Says that this rank has pushed everything: returns when the engine serves the new version."""
+    """Says that this rank has pushed everything: returns when the engine serves the new version, or, in an update in two
+    phases, when it holds all of it ready to be published. Over a group it says that the broadcasts follow now, all
+    buckets in the manifest's order.
+    """
+    PublishUpdate: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.PublishUpdateRequest, _weight_sync_pb2.PublishUpdateResponse]
+    """The second phase of an update with UpdateHeader.two_phase: the version is published and generation goes on. Every
+    rank calls; returns when the engine serves it. A rank whose call ends before, or that aborts, fails the update.
+    """
     AbortUpdate: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.AbortUpdateRequest, _weight_sync_pb2.AbortUpdateResponse]
     """Gives an update up for all ranks. Before the first bucket was sent to the engine this changes nothing there;
     afterwards the engine is dirty until the next complete update.
@@ -82,6 +94,16 @@ class WeightSyncServiceStub:
     UnloadLoraAdapter: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.UnloadLoraAdapterRequest, _weight_sync_pb2.UnloadLoraAdapterResponse]
     """Takes a LoRA adapter out of the engine, once the requests that use it have ended. One caller is enough, whatever
     the engine's tp_size; more do no harm.
+    """
+    InitWeightsUpdateGroup: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.InitWeightsUpdateGroupRequest, _weight_sync_pb2.InitWeightsUpdateGroupResponse]
+    """Has the engine join a torch.distributed group, over which a trainer that shares no memory with it broadcasts weights.
+    Returns when all members have joined. A group that was there before is left first. Not while an update is in hand.
+    """
+    DestroyWeightsUpdateGroup: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.DestroyWeightsUpdateGroupRequest, _weight_sync_pb2.DestroyWeightsUpdateGroupResponse]
+    """Has the engine leave its group, if it is in that one."""
+    FenceEngine: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.FenceEngineRequest, _weight_sync_pb2.FenceEngineResponse]
+    """Takes the engine out of service until its next complete update: it is not ready, and, if asked for, generation is
+    paused. For a fleet whose other engines went on without this one.
     """
     GetUpdate: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.GetUpdateRequest, _weight_sync_pb2.GetUpdateResponse]
     """The outcome of an update, or of a LoRA adapter's load, by its id, also after the caller that made it has gone. The
@@ -112,8 +134,20 @@ class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
     """Hands over one bucket: returns when the engine has loaded it, so that its memory can be used again as soon as
     its reference count says so. Several calls may be in flight; buckets are loaded in the manifest's order.
     """
+    PrepareUpdate: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.PrepareUpdateRequest, _weight_sync_pb2.PrepareUpdateResponse]  # type: ignore[assignment]
+    """Has the engine made ready for an update that was begun: returns when generation is paused and the engine waits for
+    the first bucket, with no weight written yet. Every rank calls. Obligatory for an update over a group, where the
+    engine must not wait for bytes before all receivers can; for others it moves the pause before the first bucket.
+    """
     CommitUpdate: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.CommitUpdateRequest, _weight_sync_pb2.CommitUpdateResponse]  # type: ignore[assignment]
-    """Says that this rank has pushed everything: returns when the engine serves the new version."""
+    """Says that this rank has pushed everything: returns when the engine serves the new version, or, in an update in two
+    phases, when it holds all of it ready to be published. Over a group it says that the broadcasts follow now, all
+    buckets in the manifest's order.
+    """
+    PublishUpdate: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.PublishUpdateRequest, _weight_sync_pb2.PublishUpdateResponse]  # type: ignore[assignment]
+    """The second phase of an update with UpdateHeader.two_phase: the version is published and generation goes on. Every
+    rank calls; returns when the engine serves it. A rank whose call ends before, or that aborts, fails the update.
+    """
     AbortUpdate: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.AbortUpdateRequest, _weight_sync_pb2.AbortUpdateResponse]  # type: ignore[assignment]
     """Gives an update up for all ranks. Before the first bucket was sent to the engine this changes nothing there;
     afterwards the engine is dirty until the next complete update.
@@ -132,6 +166,16 @@ class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
     UnloadLoraAdapter: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.UnloadLoraAdapterRequest, _weight_sync_pb2.UnloadLoraAdapterResponse]  # type: ignore[assignment]
     """Takes a LoRA adapter out of the engine, once the requests that use it have ended. One caller is enough, whatever
     the engine's tp_size; more do no harm.
+    """
+    InitWeightsUpdateGroup: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.InitWeightsUpdateGroupRequest, _weight_sync_pb2.InitWeightsUpdateGroupResponse]  # type: ignore[assignment]
+    """Has the engine join a torch.distributed group, over which a trainer that shares no memory with it broadcasts weights.
+    Returns when all members have joined. A group that was there before is left first. Not while an update is in hand.
+    """
+    DestroyWeightsUpdateGroup: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.DestroyWeightsUpdateGroupRequest, _weight_sync_pb2.DestroyWeightsUpdateGroupResponse]  # type: ignore[assignment]
+    """Has the engine leave its group, if it is in that one."""
+    FenceEngine: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.FenceEngineRequest, _weight_sync_pb2.FenceEngineResponse]  # type: ignore[assignment]
+    """Takes the engine out of service until its next complete update: it is not ready, and, if asked for, generation is
+    paused. For a fleet whose other engines went on without this one.
     """
     GetUpdate: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.GetUpdateRequest, _weight_sync_pb2.GetUpdateResponse]  # type: ignore[assignment]
     """The outcome of an update, or of a LoRA adapter's load, by its id, also after the caller that made it has gone. The
@@ -197,12 +241,36 @@ class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def PrepareUpdate(
+        self,
+        request: _weight_sync_pb2.PrepareUpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weight_sync_pb2.PrepareUpdateResponse, _abc.Awaitable[_weight_sync_pb2.PrepareUpdateResponse]]:
+        """Has the engine made ready for an update that was begun: returns when generation is paused and the engine waits for
+        the first bucket, with no weight written yet. Every rank calls. Obligatory for an update over a group, where the
+        engine must not wait for bytes before all receivers can; for others it moves the pause before the first bucket.
+        """
+
+    @_abc_1.abstractmethod
     def CommitUpdate(
         self,
         request: _weight_sync_pb2.CommitUpdateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weight_sync_pb2.CommitUpdateResponse, _abc.Awaitable[_weight_sync_pb2.CommitUpdateResponse]]:
-        """Says that this rank has pushed everything: returns when the engine serves the new version."""
+        """Says that this rank has pushed everything: returns when the engine serves the new version, or, in an update in two
+        phases, when it holds all of it ready to be published. Over a group it says that the broadcasts follow now, all
+        buckets in the manifest's order.
+        """
+
+    @_abc_1.abstractmethod
+    def PublishUpdate(
+        self,
+        request: _weight_sync_pb2.PublishUpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weight_sync_pb2.PublishUpdateResponse, _abc.Awaitable[_weight_sync_pb2.PublishUpdateResponse]]:
+        """The second phase of an update with UpdateHeader.two_phase: the version is published and generation goes on. Every
+        rank calls; returns when the engine serves it. A rank whose call ends before, or that aborts, fails the update.
+        """
 
     @_abc_1.abstractmethod
     def AbortUpdate(
@@ -251,6 +319,34 @@ class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_weight_sync_pb2.UnloadLoraAdapterResponse, _abc.Awaitable[_weight_sync_pb2.UnloadLoraAdapterResponse]]:
         """Takes a LoRA adapter out of the engine, once the requests that use it have ended. One caller is enough, whatever
         the engine's tp_size; more do no harm.
+        """
+
+    @_abc_1.abstractmethod
+    def InitWeightsUpdateGroup(
+        self,
+        request: _weight_sync_pb2.InitWeightsUpdateGroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weight_sync_pb2.InitWeightsUpdateGroupResponse, _abc.Awaitable[_weight_sync_pb2.InitWeightsUpdateGroupResponse]]:
+        """Has the engine join a torch.distributed group, over which a trainer that shares no memory with it broadcasts weights.
+        Returns when all members have joined. A group that was there before is left first. Not while an update is in hand.
+        """
+
+    @_abc_1.abstractmethod
+    def DestroyWeightsUpdateGroup(
+        self,
+        request: _weight_sync_pb2.DestroyWeightsUpdateGroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weight_sync_pb2.DestroyWeightsUpdateGroupResponse, _abc.Awaitable[_weight_sync_pb2.DestroyWeightsUpdateGroupResponse]]:
+        """Has the engine leave its group, if it is in that one."""
+
+    @_abc_1.abstractmethod
+    def FenceEngine(
+        self,
+        request: _weight_sync_pb2.FenceEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weight_sync_pb2.FenceEngineResponse, _abc.Awaitable[_weight_sync_pb2.FenceEngineResponse]]:
+        """Takes the engine out of service until its next complete update: it is not ready, and, if asked for, generation is
+        paused. For a fleet whose other engines went on without this one.
         """
 
     @_abc_1.abstractmethod

@@ -18,7 +18,7 @@ from adapter.planner import TensorSpec
 from sidecar import manifest_store
 from sidecar.config import Timeouts
 from sidecar.coordinator import Coordinator
-from sidecar.engine.sglang import SGLangEngine
+from sidecar.engine.groups import GroupEngine
 from sidecar.errors import Draining, EngineRestarted
 from sidecar.manifest import BucketSpec, Manifest
 from sidecar.manifest import TensorSpec as SidecarTensor
@@ -314,7 +314,7 @@ class Reading:
     """A coordinator beside an engine, in this process, whose call is stopped while it reads the checkpoint."""
 
     def __init__(self, server: ScriptedEngine, memory: Memory) -> None:
-        self.engine = SGLangEngine(server.url, Timeouts())
+        self.engine = GroupEngine(server.url, Timeouts())
         self.coordinator = Coordinator(self.engine, Timeouts())
         self._memory = memory
 

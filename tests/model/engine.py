@@ -7,9 +7,10 @@ sessions, from memory that nobody loaded before; and generation never goes on wi
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import cast
 
 from sidecar.engine.info import EngineInfo, parse
 from sidecar.errors import (
@@ -23,6 +24,7 @@ from sidecar.errors import (
     EngineUnreachable,
     Reason,
 )
+from sidecar.group import Group
 from sidecar.payload import LOAD_FORMAT
 from sidecar.update import PauseMode, Selector
 from tests.fakes import shared_memory
@@ -76,6 +78,10 @@ class RuleKeepingEngine:
     opened: set[str] = field(default_factory=set)
     """Names of the memory that was opened, over all lives."""
     bound: int = 0
+    groups: set[str] = field(default_factory=set)
+    """That it has joined."""
+    broadcasts: str = ""
+    """The update whose weights the groups' sender broadcasts now."""
 
     def __post_init__(self) -> None:
         self.start()
@@ -86,6 +92,7 @@ class RuleKeepingEngine:
         """A new process."""
         self.alive, self.paused, self.session = True, False, False
         self.weights = {}
+        self.groups = set()
         self.weight_version = "default"
         self.epoch += 1
         self.info = parse(
@@ -165,6 +172,23 @@ class RuleKeepingEngine:
         if weight_version is not None:
             self._publish(weight_version)
         self.check_generation()
+
+    async def receive(self, tensors: Mapping[str, object], group_name: str, selector: Selector) -> None:
+        assert group_name in self.groups, "SGLang up to 0.5.20 dies of a group that it does not know"
+        await self._step(lambda: self._receive(cast("list[str]", tensors["names"])))
+
+    def _receive(self, names: list[str]) -> None:
+        if self.uses_sessions and not self.session:
+            raise EngineRefused(Reason.ENGINE_REFUSED, "must run between begin and end")
+        assert self.paused, "weights written under running generation"
+        self.weights.update(dict.fromkeys(names, self.broadcasts))
+
+    async def join_group(self, group: Group) -> None:
+        await self._step(lambda: self.groups.add(group.name))
+
+    async def leave_group(self, name: str) -> bool:
+        await self._step(lambda: self.groups.discard(name))
+        return True
 
     async def load_from_disk(self, model_path: str) -> None:
         await self._step(lambda: self._load_from_disk(model_path))

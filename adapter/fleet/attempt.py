@@ -1,0 +1,251 @@
+"""One try to bring one version into all members of a group, in two phases.
+
+    begin -> prepare -> commit, while this process broadcasts -> decide -> publish
+      |         |                  |                               |
+      +---------+-> abort          +-> group dropped, abort        +-> too few: abort
+
+begin and prepare leave every engine untouched, and a member that fails there keeps the others from going on with a
+group that would wait for it: they are let go, and the caller tries again without it. From the first broadcast on a
+member that breaks takes the group with it. Invariants: the version is published only after the policy's number of
+members hold all of it, flushed; a member that holds it and must not publish it is aborted, which leaves it paused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import grpc
+
+from adapter import wire
+from adapter.bucketed import in_words
+from adapter.errors import GroupBroken, UpdateFailed, WeightSyncError
+from adapter.fleet.group import Group
+from adapter.fleet.member import Answers, Asking, Member, ask, left, metadata
+from adapter.known_manifest import MANIFEST_UNKNOWN
+from adapter.planner import Plan
+from adapter.process_group import POLL_S, Sent
+from adapter.recent import Recent
+from adapter.staging import FilledBuckets, Region
+from sidecar.v1 import weight_sync_pb2 as pb
+
+A = TypeVar("A")
+ABORT_S = 30.0
+PUBLISH_S = 60.0
+LOOK_EVERY_S = 0.05
+MAX_REASON = 500
+MAX_NAMED = 5
+
+
+@dataclass(slots=True)
+class Try:
+    """What came of one attempt."""
+
+    published: dict[Member, pb.UpdateOutcome] = field(default_factory=dict)
+    failed: dict[Member, WeightSyncError] = field(default_factory=dict)
+    """Whose own fault, or whose link's, the attempt's end was, and whoever was hit by it."""
+    untouched: set[Member] = field(default_factory=set)
+    """That were let go with what they served before."""
+    broke: str = ""
+    """Why the group cannot be used again."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    waited: dict[str, dict[Member, float]] = field(default_factory=dict)
+    """By step: how long each member took."""
+
+
+class Attempt:
+    """One update id at all members."""
+
+    def __init__(
+        self,
+        members: Iterable[Member],
+        group: Group,
+        header: pb.UpdateHeader,
+        plan: Plan,
+        digests: Recent[Plan, str],
+        *,
+        needed: int,
+        patience_s: float,
+        give_up: float,
+    ) -> None:
+        """Of one update id.
+
+        ``needed``: how many members must hold it ready. ``patience_s``: for one to begin, and to make ready.
+        ``give_up``: on the monotonic clock.
+        """
+        self._members = list(members)
+        self._group = group
+        self._header = header
+        self._plan = plan
+        self._digests = digests
+        self._needed = needed
+        self._patience_s = patience_s
+        self._give_up = give_up
+        self._in_full: pb.Manifest | None = None
+        self._try = Try()
+
+    def run(self, fill: Callable[[], FilledBuckets[Region]]) -> Try:
+        """Do all of it. Raises what ``fill`` and the buckets raise; then nothing was published."""
+        with self._step("begin"):
+            begun = self._begin()
+        with self._held(begun.good):
+            if not self._all_are_there(begun, begun.good):
+                return self._try
+            with self._step("prepare"):
+                prepared = self._noted("prepare", ask(begun.good, self._preparing))
+            if not self._all_are_there(prepared, begun.good):
+                return self._try
+            with self._step("broadcast"):
+                ready = self._broadcast(fill)
+            with self._step("publish"):
+                self._decide(ready)
+        return self._try
+
+    # Before anything is written.
+
+    def _begin(self) -> Answers[pb.BeginUpdateResponse]:
+        """By digest where the sidecar knows the manifest."""
+        answers = self._noted("begin", ask(self._members, self._beginning))
+        forgotten = [member for member, error in answers.failed.items() if error.reason == MANIFEST_UNKNOWN]
+        if forgotten:
+            for member in forgotten:
+                member.knows.clear()
+                del answers.failed[member]
+            again = self._noted("begin", ask(forgotten, self._beginning))
+            answers.good.update(again.good)
+            answers.failed.update(again.failed)
+        for member, answer in answers.good.items():
+            member.knows.add(answer.manifest_digest)
+            self._digests.put(self._plan, answer.manifest_digest)
+        return answers
+
+    def _beginning(self, member: Member) -> grpc.Future[pb.BeginUpdateResponse]:
+        request = pb.BeginUpdateRequest(update=self._header, manifest=self._reference(member))
+        return member.stub.rpc.BeginUpdate.future(request, timeout=self._step_s(), metadata=metadata())
+
+    def _reference(self, member: Member) -> pb.ManifestReference:
+        digest = self._digests.find(self._plan)
+        if digest in member.knows:
+            return pb.ManifestReference(digest=digest)
+        self._in_full = self._in_full or wire.manifest(self._plan)
+        return pb.ManifestReference(manifest=self._in_full)
+
+    def _preparing(self, member: Member) -> grpc.Future[pb.PrepareUpdateResponse]:
+        request = pb.PrepareUpdateRequest(update_id=self._header.update_id)
+        return member.stub.rpc.PrepareUpdate.future(request, timeout=self._step_s(), metadata=metadata())
+
+    def _step_s(self) -> float:
+        """A member that is late holds up all others, whose generation may be paused by now."""
+        return min(self._patience_s, left(self._give_up))
+
+    def _all_are_there(self, answers: Answers[A], begun: Iterable[Member]) -> bool:
+        """A group with a member that does not receive would never get through: the others are let go."""
+        if not answers.failed:
+            return True
+        self._try.failed.update(answers.failed)
+        self._abort(begun, f"{_named(answers.failed)} did not take part")
+        self._try.untouched.update(member for member in begun if member not in answers.failed)
+        return False
+
+    # The weights.
+
+    def _broadcast(self, fill: Callable[[], FilledBuckets[Region]]) -> Answers[pb.CommitUpdateResponse]:
+        """Commits are sent before the bytes: each says that they come, and is answered when the engine has all."""
+        committing = ask(self._members, self._committing)
+        try:
+            self._send_all(fill(), committing)
+        except BaseException as error:
+            self._try.broke = in_words(error)
+            self._group.close()  # whoever waits for bytes is told by its connection
+            self._abort(self._members, in_words(error))
+            if not isinstance(error, WeightSyncError):
+                committing.answers()
+                raise
+        return self._noted("load", committing)
+
+    def _committing(self, member: Member) -> grpc.Future[pb.CommitUpdateResponse]:
+        request = pb.CommitUpdateRequest(update_id=self._header.update_id)
+        return member.stub.rpc.CommitUpdate.future(request, timeout=left(self._give_up), metadata=metadata())
+
+    def _send_all(self, buckets: FilledBuckets[Region], committing: Asking[pb.CommitUpdateResponse]) -> None:
+        in_flight: deque[Sent] = deque()
+        for number, bucket in enumerate(self._plan.buckets):
+            if len(in_flight) == buckets.depth:
+                self._finish(in_flight.popleft(), committing)
+            flat = buckets.fill(number).flat[: bucket.num_bytes]
+            in_flight.append(self._group.broadcast(flat))
+        while in_flight:
+            self._finish(in_flight.popleft(), committing)
+        buckets.expect_end()
+        buckets.check_sources()
+
+    def _finish(self, sent: Sent, committing: Asking[pb.CommitUpdateResponse]) -> None:
+        looked = time.monotonic()
+        while not sent.done():
+            now = time.monotonic()
+            if now > self._give_up:
+                raise GroupBroken("the time for the update was over before every engine had received it")
+            if now - looked > LOOK_EVERY_S:
+                looked = now
+                for member, error in committing.failures().items():
+                    raise GroupBroken(f"{member.target} receives no more: {error}")
+            time.sleep(POLL_S)
+        sent.check()
+
+    # Publishing.
+
+    def _decide(self, ready: Answers[pb.CommitUpdateResponse]) -> None:
+        self._try.failed.update(ready.failed)
+        if len(ready.good) < self._needed:
+            self._abort(ready.good, f"only {len(ready.good)} of {self._needed} engines hold it")
+            unpublished = f"it holds the update, which was not published: {_named(ready.failed)} failed"
+            self._try.failed.update({member: UpdateFailed(unpublished) for member in ready.good})
+            return
+        published = self._noted("publish", ask(ready.good, self._publishing))
+        self._try.failed.update(published.failed)
+        self._try.published = {member: answer.outcome for member, answer in published.good.items()}
+
+    def _publishing(self, member: Member) -> grpc.Future[pb.PublishUpdateResponse]:
+        # Decided is decided: the time for the update does not count any more.
+        request = pb.PublishUpdateRequest(update_id=self._header.update_id)
+        seconds = max(PUBLISH_S, left(self._give_up))
+        return member.stub.rpc.PublishUpdate.future(request, timeout=seconds, metadata=metadata())
+
+    def _abort(self, members: Iterable[Member], why: str) -> None:
+        """Whoever cannot be told, or has ended by itself, needs no more."""
+        request = pb.AbortUpdateRequest(update_id=self._header.update_id, reason=why[:MAX_REASON])
+        ask(members, lambda member: member.stub.rpc.AbortUpdate.future(request, timeout=ABORT_S)).answers()
+
+    @contextmanager
+    def _held(self, members: Iterable[Member]) -> Iterator[None]:
+        """Calls that stay open, so that the sidecars notice the death of this process at once."""
+        request = pb.HoldUpdateRequest(update_id=self._header.update_id)
+        seconds = left(self._give_up) + PUBLISH_S
+        holding = ask(members, lambda member: member.stub.rpc.HoldUpdate.future(request, timeout=seconds))
+        try:
+            yield
+        finally:
+            holding.cancel()
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._try.seconds[name] = time.monotonic() - started
+
+    def _noted(self, step: str, asking: Asking[A]) -> Answers[A]:
+        answers = asking.answers()
+        self._try.waited[step] = answers.seconds
+        return answers
+
+
+def _named(failed: Iterable[Member]) -> str:
+    targets = [member.target for member in failed]
+    shown = ", ".join(targets[:MAX_NAMED])
+    return shown + (f" and {len(targets) - MAX_NAMED} more" if len(targets) > MAX_NAMED else "")

@@ -1,0 +1,372 @@
+"""One call that brings a version into many engines, each with a sidecar of its own, over one broadcast.
+
+Runs in the trainer's rank 0, in its own thread; the other ranks of a trainer with shards call ``take_part``. Invariant:
+no engine serves a version that the fleet has not published, and of every engine that does not serve the one it has, the
+result, and whoever listens (``on_fenced``), is told.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import grpc
+import torch
+
+from adapter import wire
+from adapter.bucketed import take_part
+from adapter.checks import refuse_forked_cuda
+from adapter.credentials import NO_CREDENTIALS, Credentials
+from adapter.errors import EngineUnreachable, SidecarUnreachable, UpdateRefused, WeightSyncError
+from adapter.fleet.attempt import Attempt, Try
+from adapter.fleet.discovery import Discovery, Listed
+from adapter.fleet.filling import Filling
+from adapter.fleet.group import FleetGroup, MakeGroup, NotJoined
+from adapter.fleet.member import Answers, Member, ask
+from adapter.fleet.policy import ALL_OR_NOTHING, BEST_EFFORT, Policy
+from adapter.fleet.regions import PlainRegions
+from adapter.fleet.result import EngineResult, EngineState, FleetResult, FleetUpdateFailed
+from adapter.fleet.story import Story
+from adapter.fusion import DEFAULT_RULES, compile_rules
+from adapter.outgoing import Outgoing, Planner, WholeTensors
+from adapter.planner import Plan, TensorSpec
+from adapter.recent import Recent
+from adapter.sources.lazy import NamedTensors
+from sidecar.v1 import weight_sync_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BUCKET_BYTES = 1 << 30
+LOOK_S = 5.0
+FENCE_S = 10.0
+MAX_TRIES = 3
+MAX_REASON = 500
+MAX_SHOWN = 5
+MAX_VERSION_IN_ID = 100
+OUT_OF_STEP = (pb.SIDECAR_STATE_DIRTY, pb.SIDECAR_STATE_UNSYNCED, pb.SIDECAR_STATE_FENCED)
+OnFenced = Callable[[str, str], None]
+"""Target and reason: for a router that is to be told."""
+
+
+class Fleet:
+    """Engines that serve one version. Not for use by several threads at once.
+
+    Args:
+        members: where their sidecars listen, or a ``Discovery`` that is asked before every update.
+        policy: how many of them must take an update before it is published.
+        on_fenced: is told of every engine that does not serve the version that was published, and why.
+        pause_fenced: whether generation is paused in an engine that is fenced; otherwise it is only not ready.
+        credentials: for sidecars with TLS or tokens.
+        bucket_bytes: the most that one broadcast carries; each engine takes as much again while it loads it.
+        staging_buffers: how many buckets of memory are kept here: with two, one is filled while the other is sent.
+        device: where buckets are staged; by default the current CUDA device, else the host. On GPUs, beside engines on
+            GPUs, NCCL carries the bytes, else gloo.
+        fused_groups: further tensors that must travel together (``adapter.fusion``).
+        address: where engines reach this host, if not by the address of the way to the first sidecar.
+        patience: seconds that one member may take to begin, or to make ready, before it counts as failed.
+        transfer_timeout: seconds that one broadcast may take, the load of the bucket before it included.
+        make_group: in place of torch.distributed's, for tests.
+    """
+
+    def __init__(
+        self,
+        members: Discovery | Iterable[str],
+        *,
+        policy: Policy = ALL_OR_NOTHING,
+        on_fenced: OnFenced | None = None,
+        pause_fenced: bool = True,
+        credentials: Credentials = NO_CREDENTIALS,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        staging_buffers: int = 2,
+        device: torch.device | str | None = None,
+        fused_groups: Sequence[str] = (),
+        address: str | None = None,
+        patience: float = 30.0,
+        transfer_timeout: float = 120.0,
+        make_group: MakeGroup | None = None,
+    ) -> None:
+        self._discovery: Discovery = Listed(members) if isinstance(members, Iterable) else members
+        self._policy = policy
+        self._on_fenced = on_fenced or (lambda target, reason: None)
+        self._pause_fenced = pause_fenced
+        self._credentials = credentials
+        self._device = torch.device(device) if device is not None else None
+        self._planner = Planner(bucket_bytes, (*DEFAULT_RULES, *compile_rules(fused_groups)), dense=True)
+        self._regions = PlainRegions(staging_buffers)
+        self._patience_s = patience
+        self._group = FleetGroup(address, patience, transfer_timeout, make_group)
+        self._digests = Recent[Plan, str]()
+        self._members: dict[str, Member] = {}
+        self._num_sent = 0
+        self.version = ""
+        """What the fleet serves: the last version that was published. Empty: none yet, by this object."""
+
+    def update_weights(
+        self,
+        named_tensors: NamedTensors,
+        *,
+        version: str,
+        update_id: str | None = None,
+        specs: Sequence[TensorSpec] | None = None,
+        check_finite: bool = False,
+        pause_mode: str = "retract",
+        flush_cache: bool = True,
+        selector: str | None = None,
+        verify: bool = False,
+        content_digest: str = "",
+        allow_unknown: Sequence[str] = (),
+        allow_missing: Sequence[str] = (),
+        timeout: float = 600.0,
+    ) -> FleetResult:
+        """Bring one version into all members; returns once it is published, and says what became of each of them.
+
+        Arguments are those of ``WeightSyncClient.update_weights``. Where tensors need no gather, a policy that can do
+        without some members tries again without those that failed, within ``timeout``.
+
+        Raises:
+            FleetUpdateFailed: too few took it: nothing is published.
+            ValueError: a tensor, name, dtype or option that cannot be sent.
+        """
+        header = pb.UpdateHeader(
+            update_id=update_id or self._new_id(version),
+            weight_version=version,
+            tp_size=1,
+            pause_mode=wire.pause_mode(pause_mode),
+            selector=wire.selector(selector),
+            verify=verify,
+            content_digest=content_digest,
+            keep_cache=not flush_cache,
+            allow=pb.ManifestAllowance(unknown=allow_unknown, missing=allow_missing),
+            two_phase=True,
+        )
+        cargo = self._cargo(named_tensors, specs, check_finite)
+        return self._bring(self._order(header, cargo, self._policy, timeout))
+
+    def catch_up(
+        self, named_tensors: NamedTensors, *, timeout: float = 600.0, pause_mode: str = "retract"
+    ) -> FleetResult | None:
+        """Bring the fleet's version, whose weights these are, into members that do not serve it; None if all do.
+
+        For engines that joined, were started again, failed or were cut off since: whoever can, takes it.
+        """
+        if not self.version:
+            raise ValueError("the fleet has published nothing yet: update_weights comes first")
+        look = self._look(self._present())
+        look.good = {m: s for m, s in look.good.items() if not _serves(s, self.version)}
+        if not look.good:
+            return None
+        header = pb.UpdateHeader(
+            update_id=self._new_id(self.version),
+            weight_version=self.version,
+            tp_size=1,
+            pause_mode=wire.pause_mode(pause_mode),
+            two_phase=True,
+        )
+        cargo = self._cargo(named_tensors, None, check_finite=False)
+        return self._bring(self._order(header, cargo, BEST_EFFORT, timeout), look)
+
+    def status(self) -> dict[str, pb.GetStatusResponse | WeightSyncError]:
+        """What every member's sidecar says now, by target."""
+        look = self._look(self._present())
+        found: dict[str, pb.GetStatusResponse | WeightSyncError] = {m.target: s for m, s in look.good.items()}
+        return found | {member.target: error for member, error in look.failed.items()}
+
+    def take_part(self, named_tensors: NamedTensors, *, specs: Sequence[TensorSpec] | None = None) -> None:
+        """In place of ``update_weights``, on the trainer's other ranks: go through the gathers of rank 0's tensors."""
+        self._planner.outgoing(named_tensors, specs).forgo(self._staging_device())
+
+    def close(self) -> None:
+        """Have the engines leave the group, close the connections, and give the memory back."""
+        self._group.leave()
+        self._regions.release()
+        for member in self._members.values():
+            member.close()
+        self._members.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Members.
+
+    def _present(self) -> list[Member]:
+        """Those that the discovery names now; whoever is not named any more is forgotten."""
+        targets = self._discovery.targets()
+        for target in set(self._members).difference(targets):
+            self._members.pop(target).close()
+        return [self._members.setdefault(target, Member(target, self._credentials)) for target in targets]
+
+    def _look(self, members: Sequence[Member]) -> Answers[pb.GetStatusResponse]:
+        """Whether they are there, and what they serve; those that cannot take part fail here."""
+        look = ask(members, lambda m: m.stub.rpc.GetStatus.future(pb.GetStatusRequest(), timeout=LOOK_S)).answers()
+        for member, status in list(look.good.items()):
+            problem = _problem(member, status)
+            member.engine = status.engine
+            if problem is not None:
+                look.failed[member] = problem
+                del look.good[member]
+        return look
+
+    # One version.
+
+    def _bring(self, order: Order, look: Answers[pb.GetStatusResponse] | None = None) -> FleetResult:
+        try:
+            look = look or self._look(self._present())
+            story = Story(look.failed)
+            needed = order.policy.needed(len(look.good) + len(look.failed))
+            self._try_until_enough(order, story, list(look.good), needed)
+            return self._told(order, story, needed)
+        finally:
+            take_part(order.filling.forgo)
+
+    def _try_until_enough(self, order: Order, story: Story, pending: list[Member], needed: int) -> None:
+        """Again without those that failed, where the policy can do without them."""
+        tries = 1 if order.policy.at_least is None else MAX_TRIES
+        while pending and story.attempts < tries and order.filling.can_be_sent:
+            if len(pending) + len(story.published) < needed:
+                return
+            story.add(self._try(order, story.attempts, pending, max(1, needed - len(story.published))))
+            pending = list(self._look(story.worth_another_try(pending)).good)
+
+    def _try(self, order: Order, number: int, members: list[Member], needed: int) -> Try:
+        started = time.monotonic()
+        try:
+            group = self._group.for_members(members, order.filling.device, order.give_up)
+        except NotJoined as error:
+            return Try(failed=error.failed, untouched=set(members).difference(error.failed), broke=str(error))
+        joined_s = time.monotonic() - started
+        attempt = Attempt(
+            members,
+            group,
+            order.numbered(number, group.name),
+            order.filling.plan,
+            self._digests,
+            needed=needed,
+            patience_s=self._patience_s,
+            give_up=order.give_up,
+        )
+        try:
+            one = attempt.run(order.filling.start)
+        except BaseException:
+            self._group.drop()
+            raise
+        if one.broke or one.failed:
+            self._group.drop()
+        one.seconds["join"] = joined_s
+        return one
+
+    def _told(self, order: Order, story: Story, needed: int) -> FleetResult:
+        version = order.header.weight_version
+        enough = len(story.published) >= max(1, needed)
+        if enough:
+            self.version = version
+            self._fence(story, version)
+        engines = story.results()
+        if not enough:
+            raise FleetUpdateFailed(_too_few(version, engines, needed, order.policy), engines)
+        sizes = [bucket.num_bytes for bucket in order.filling.plan.buckets]
+        return FleetResult(
+            weight_version=version,
+            engines=engines,
+            num_buckets=len(sizes),
+            num_bytes=sum(sizes),
+            attempts=story.attempts,
+            seconds=story.seconds,
+            slowest=story.slowest(),
+        )
+
+    def _fence(self, story: Story, version: str) -> None:
+        """Whoever is left behind must not be taken for a member that serves the fleet's version."""
+        left_behind = {member: str(error) for member, error in story.failed.items()}
+        left_behind |= dict.fromkeys(story.untouched, "it took no part")
+
+        def fencing(member: Member) -> grpc.Future[pb.FenceEngineResponse]:
+            reason = f"the fleet serves {version!r}, this engine does not: {left_behind[member]}"[:MAX_REASON]
+            request = pb.FenceEngineRequest(reason=reason, pause=self._pause_fenced)
+            return member.stub.rpc.FenceEngine.future(request, timeout=FENCE_S)
+
+        reachable = [member for member in left_behind if story.state(member) is not EngineState.UNREACHABLE]
+        story.fenced.update(ask(reachable, fencing).answers().good)
+        for member, why in left_behind.items():
+            logger.warning("%s does not serve version %s: %s", member.target, version, why)
+            self._on_fenced(member.target, why)
+
+    # Tensors.
+
+    def _cargo(
+        self, named_tensors: NamedTensors, specs: Sequence[TensorSpec] | None, check_finite: bool
+    ) -> Outgoing | WholeTensors:
+        cargo = self._planner.outgoing(named_tensors, specs)
+        if check_finite:
+            cargo.check_values()
+        return cargo
+
+    def _order(
+        self, header: pb.UpdateHeader, cargo: Outgoing | WholeTensors, policy: Policy, timeout_s: float
+    ) -> Order:
+        filling = Filling(cargo, self._regions, self._staging_device())
+        return Order(header, filling, policy, time.monotonic() + timeout_s)
+
+    def _staging_device(self) -> torch.device:
+        device = self._device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type != "cuda":
+            return device
+        refuse_forked_cuda()
+        return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+    def _new_id(self, version: str) -> str:
+        """Another one for every update: a version that is brought again to whoever lacks it is another update."""
+        self._num_sent += 1
+        return f"{version[:MAX_VERSION_IN_ID]} #{self._num_sent}"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be brought, and how."""
+
+    header: pb.UpdateHeader
+    filling: Filling
+    policy: Policy
+    give_up: float
+    """On the monotonic clock."""
+
+    def numbered(self, number: int, group_name: str) -> pb.UpdateHeader:
+        """The header of one try, over that group."""
+        header = pb.UpdateHeader()
+        header.CopyFrom(self.header)
+        header.group_name = group_name
+        if number:
+            header.update_id += f" try {number + 1}"
+        return header
+
+
+def _problem(member: Member, status: pb.GetStatusResponse) -> WeightSyncError | None:
+    """Why this member cannot take part, if it cannot."""
+    if not status.HasField("engine"):
+        return EngineUnreachable(f"the sidecar at {member.target} waits for its engine: {status.reason}")
+    if status.engine.unsupported_reason:
+        return UpdateRefused(f"the engine of {member.target} cannot be updated: {status.engine.unsupported_reason}")
+    if status.state == pb.SIDECAR_STATE_DRAINING:
+        return SidecarUnreachable(f"the sidecar at {member.target} is stopping", reason="DRAINING")
+    return None
+
+
+def _serves(status: pb.GetStatusResponse, version: str) -> bool:
+    return status.weight_version == version and status.state not in OUT_OF_STEP
+
+
+def _too_few(version: str, engines: Mapping[str, EngineResult], needed: int, policy: Policy) -> str:
+    reached = sum(engine.state is EngineState.PUBLISHED for engine in engines.values())
+    problems = [f"{engine.target}: {engine.error}" for engine in engines.values() if engine.error]
+    shown = "; ".join(problems[:MAX_SHOWN]) + (f"; and {len(problems) - MAX_SHOWN} more" * (len(problems) > MAX_SHOWN))
+    if not engines:
+        return f"version {version!r} was not published: the fleet has no member"
+    return f"version {version!r} was not published ({policy}: {reached} of {needed} engines took it): {shown}"

@@ -1,0 +1,191 @@
+"""One torch.distributed group of this process and every rank of every member's engine.
+
+    build: serve the store -> every sidecar has its engine join, and this process joins -> all are in, or the group is
+           closed and those that did join are told to leave
+    a group serves many updates; after anything that broke, or once the members or their lives are others, it is closed
+    and a new one is built, under a new name: SGLang waits for ever in one that is not whole
+
+Invariant: rank 0 is this process; member i's engine has the ranks from its offset on, in the order of its TP ranks.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
+
+import grpc
+import torch
+
+from adapter.errors import GroupBroken, WeightSyncError
+from adapter.fleet.member import Asking, Member, ask, left, metadata
+from adapter.process_group import BroadcastGroup, Sent
+from sidecar.v1 import weight_sync_pb2 as pb
+
+POLL_S = 0.005
+LEAVE_S = 5.0
+DISCARD_PORT = 9
+NCCL, GLOO = "nccl", "gloo"
+
+Joining: TypeAlias = "grpc.Future[pb.InitWeightsUpdateGroupResponse]"
+
+
+class Group(Protocol):
+    """The data's way: ``BroadcastGroup``, or in a test of the control's cost nothing at all."""
+
+    name: str
+    port: int
+    backend: str
+
+    def join(self) -> None:
+        """Return once all members have joined; raises ``GroupBroken``."""
+
+    def broadcast(self, flat: torch.Tensor) -> Sent:
+        """Begin to send."""
+
+    def close(self) -> None:
+        """Close every connection."""
+
+
+MakeGroup = Callable[[str, int, str, float], Group]
+"""Name, world size, backend and seconds -> a group that is not joined yet."""
+
+
+class NotJoined(WeightSyncError):
+    """A group was not built; ``failed`` says who stood in the way, as far as it is known."""
+
+    def __init__(self, message: str, failed: dict[Member, WeightSyncError]) -> None:
+        super().__init__(message)
+        self.failed = failed
+
+
+class FleetGroup:
+    """The present group, if there is one."""
+
+    def __init__(self, address: str | None, join_timeout_s: float, timeout_s: float, make: MakeGroup | None) -> None:
+        """``address``: where engines reach this host; None: as the way to the first of them shows."""
+        self._address = address
+        self._join_timeout_s = join_timeout_s
+        self._timeout_s = timeout_s
+        self._make = make or BroadcastGroup
+        self._group: Group | None = None
+        self._members: list[Member] = []
+        self._lives: list[tuple[str, int, str]] = []
+
+    def for_members(self, members: Sequence[Member], device: torch.device, give_up: float) -> Group:
+        """The group of exactly these lives; raises ``NotJoined``."""
+        backend = _backend(members, device)
+        lives = [member.life for member in members]
+        if self._group is not None and self._lives == lives and self._group.backend == backend:
+            return self._group
+        self.leave()
+        self._group = self._built(members, backend, give_up)
+        self._members, self._lives = list(members), lives
+        return self._group
+
+    def drop(self) -> None:
+        """Something broke: close it; the sidecars have left, or do so when they hear of it."""
+        group, self._group, self._lives = self._group, None, []
+        if group is not None:
+            group.close()
+
+    def leave(self) -> None:
+        """Close it in order: every engine is told to leave first."""
+        if self._group is not None:
+            _leave(self._members, self._group.name)
+        self.drop()
+
+    def _built(self, members: Sequence[Member], backend: str, give_up: float) -> Group:
+        seconds = min(self._join_timeout_s, left(give_up))
+        world_size = 1 + sum(member.engine.tp_size for member in members)
+        group = self._make(f"weight-sync-{secrets.token_hex(8)}", world_size, backend, self._timeout_s)
+        address = self._address or address_towards(members[0].target)
+        asking = ask(members, _joining(members, group, address, world_size, seconds))
+        broken = _join(group, asking, time.monotonic() + seconds)
+        answers = asking.answers() if broken is None else None
+        if answers is not None and not answers.failed:
+            return group
+        group.close()  # first: what the engines wait for ends with it
+        failed = (answers or asking.answers()).failed
+        _leave(members, group.name)
+        blamed = {member: error for member, error in failed.items() if not _is_victim(error)} or failed
+        raise NotJoined(f"group {group.name} was not joined by all: {broken or _first(blamed)}", blamed)
+
+
+def _joining(
+    members: Sequence[Member], group: Group, address: str, world_size: int, seconds: float
+) -> Callable[[Member], Joining]:
+    offsets, offset = {}, 1
+    for member in members:
+        offsets[member] = offset
+        offset += member.engine.tp_size
+
+    def start(member: Member) -> Joining:
+        message = pb.WeightsUpdateGroup(
+            group_name=group.name,
+            master_address=address,
+            master_port=group.port,
+            rank_offset=offsets[member],
+            world_size=world_size,
+            backend=group.backend,
+        )
+        request = pb.InitWeightsUpdateGroupRequest(group=message)
+        return member.stub.rpc.InitWeightsUpdateGroup.future(request, timeout=seconds, metadata=metadata())
+
+    return start
+
+
+def _join(group: Group, asking: Asking[pb.InitWeightsUpdateGroupResponse], give_up: float) -> WeightSyncError | None:
+    """This process's own part; what stood in its way. A wait for a member that failed is left to its time-out."""
+    problem: list[WeightSyncError] = []
+
+    def join() -> None:
+        try:
+            group.join()
+        except WeightSyncError as error:
+            problem.append(error)
+
+    joining = threading.Thread(target=join, name=f"join {group.name}", daemon=True)
+    joining.start()
+    while joining.is_alive():
+        failed = asking.failures()
+        if failed:
+            return next(iter(failed.values()))
+        if time.monotonic() > give_up:
+            return GroupBroken("not all members joined in time")
+        joining.join(POLL_S)
+    return problem[0] if problem else None
+
+
+def _leave(members: Sequence[Member], name: str) -> None:
+    """Whoever cannot be told has left, or will when its engine is."""
+    request = pb.DestroyWeightsUpdateGroupRequest(group_name=name)
+    ask(members, lambda m: m.stub.rpc.DestroyWeightsUpdateGroup.future(request, timeout=LEAVE_S)).answers()
+
+
+def _backend(members: Sequence[Member], device: torch.device) -> str:
+    on_gpus = device.type == "cuda" and all(member.engine.device == "cuda" for member in members)
+    return NCCL if on_gpus else GLOO
+
+
+def _is_victim(error: WeightSyncError) -> bool:
+    """Whether it only waited for another one."""
+    return error.reason in ("ENGINE_REFUSED", "ENGINE_TIMEOUT", "ENGINE_LOST") or not error.reason
+
+
+def _first(failed: dict[Member, WeightSyncError]) -> str:
+    return "; ".join(f"{member.target}: {error}" for member, error in list(failed.items())[:3])
+
+
+def address_towards(target: str) -> str:
+    """This host's address on the way to a sidecar, which is taken for the way to its engine."""
+    host, _, _ = target.rpartition(":")
+    if target.startswith("unix:") or not host:
+        return "127.0.0.1"
+    family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), DISCARD_PORT, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as way:
+        way.connect(address)  # of a datagram socket: nothing is sent
+        return str(way.getsockname()[0])

@@ -1,0 +1,91 @@
+"""What a fleet's update comes to, over all its tries: every engine is in exactly one of the states of the result."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from adapter.errors import EngineUnreachable, SidecarUnreachable, UpdateAborted, UpdateFailed, WeightSyncError
+from adapter.fleet.attempt import Try
+from adapter.fleet.member import Member
+from adapter.fleet.result import EngineResult, EngineState
+from sidecar.v1 import weight_sync_pb2 as pb
+
+# In the words of SGLang and of this package: it was hit by another member's end, and may do better without that one.
+HIT_BY_ANOTHER = ("Failed to receive weights", "partially updated", "aborted update", "was not published")
+
+
+@dataclass(slots=True)
+class Story:
+    """One update's."""
+
+    failed: dict[Member, WeightSyncError]
+    """At first: who was not there."""
+    published: dict[Member, pb.UpdateOutcome] = field(default_factory=dict)
+    untouched: set[Member] = field(default_factory=set)
+    fenced: set[Member] = field(default_factory=set)
+    attempts: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    _waited: dict[tuple[Member, str], float] = field(default_factory=dict)
+
+    def add(self, one: Try) -> None:
+        """Another try has ended."""
+        self.attempts += 1
+        self.failed.update(one.failed)
+        self.published.update(one.published)
+        self.untouched |= one.untouched
+        for member in self.published:
+            self.failed.pop(member, None)
+        self.untouched -= self.failed.keys() | self.published.keys()
+        for step, seconds in one.seconds.items():
+            self.seconds[step] = self.seconds.get(step, 0.0) + seconds
+        for step, members in one.waited.items():
+            for member, seconds in members.items():
+                self._waited[member, step] = self._waited.get((member, step), 0.0) + seconds
+
+    def worth_another_try(self, members: Iterable[Member]) -> list[Member]:
+        """Of those that were tried: who has not got it, and was not the one to blame."""
+        return [m for m in members if m in self.untouched or (m in self.failed and was_hit(self.failed[m]))]
+
+    def state(self, member: Member) -> EngineState:
+        """Where that engine stands."""
+        if member in self.published:
+            return EngineState.PUBLISHED
+        error = self.failed.get(member)
+        if isinstance(error, UpdateFailed):
+            return EngineState.DIRTY
+        if isinstance(error, SidecarUnreachable | EngineUnreachable):
+            return EngineState.UNREACHABLE
+        return EngineState.UNTOUCHED
+
+    def results(self) -> dict[str, EngineResult]:
+        """Of all of them, by target."""
+        members = [*self.published, *self.failed, *self.untouched]
+        return {member.target: self._result(member) for member in sorted(members, key=lambda member: member.target)}
+
+    def slowest(self) -> str:
+        """Whom all others waited for longest, and in which step."""
+        if not self._waited:
+            return ""
+        (member, step), seconds = max(self._waited.items(), key=lambda item: item[1])
+        return f"{member.target} ({step}: {seconds:.3f} s)"
+
+    def _result(self, member: Member) -> EngineResult:
+        error, outcome = self.failed.get(member), self.published.get(member)
+        return EngineResult(
+            target=member.target,
+            state=self.state(member),
+            error=str(error) if error else "",
+            fenced=member in self.fenced,
+            seconds=_seconds(outcome) if outcome else {},
+        )
+
+
+def was_hit(error: WeightSyncError) -> bool:
+    """Whether a member failed because another one did."""
+    return isinstance(error, UpdateFailed | UpdateAborted) and any(words in str(error) for words in HIT_BY_ANOTHER)
+
+
+def _seconds(outcome: pb.UpdateOutcome) -> dict[str, float]:
+    return {
+        pb.Phase.Name(phase.phase).removeprefix("PHASE_").lower(): phase.duration.ToMicroseconds() / 1e6
+        for phase in outcome.phases
+    }
