@@ -25,9 +25,11 @@ from adapter.errors import EngineUnreachable, UpdateRefused, WeightSyncError
 from adapter.exports import Export
 from adapter.fusion import DEFAULT_RULES, compile_rules
 from adapter.ledger import ExportLedger
+from adapter.locality import shares_memory
 from adapter.lora_client import LoraConfig, LoraSender, config_json
 from adapter.outgoing import MemoryNeed, Outgoing, Planner, WholeTensors
 from adapter.planner import Plan, TensorSpec, plan
+from adapter.remote import RemoteUpdates
 from adapter.resident import Residents
 from adapter.sending import UpdateSender
 from adapter.sidecar_stub import RESTART_PATIENCE_S, SidecarStub
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BUCKET_BYTES = 2 << 30
 MEMORY_IS_KEPT = "MEMORY_IS_KEPT"
+TRANSPORTS = AUTO, IPC, DISTRIBUTED = "auto", "ipc", "distributed"
 
 
 class WeightSyncClient:
@@ -63,6 +66,9 @@ class WeightSyncClient:
             where the engine was seen to open it.
         credentials: for a sidecar with TLS or tokens.
         restart_patience: seconds that an update waits for a sidecar that was there before and is being restarted.
+        transport: "ipc", where rank r's memory can be opened by the engine's TP rank r; "distributed", where it cannot:
+            rank 0 broadcasts over torch.distributed, the others gather along, and ``rank`` and ``tp_size`` are the
+            trainer's own; "auto": found out at the first update (``adapter.locality``).
     """
 
     def __init__(
@@ -78,9 +84,12 @@ class WeightSyncClient:
         allow_expandable_segments: bool = False,
         credentials: Credentials = NO_CREDENTIALS,
         restart_patience: float = RESTART_PATIENCE_S,
+        transport: str = AUTO,
     ) -> None:
         if not 0 <= rank < tp_size:
             raise ValueError(f"rank {rank} is outside 0..{tp_size - 1}")
+        if transport not in TRANSPORTS:
+            raise ValueError(f"transport {transport!r} is none of {', '.join(TRANSPORTS)}")
         self.rank = rank
         self.tp_size = tp_size
         self.bucket_bytes = bucket_bytes
@@ -98,6 +107,17 @@ class WeightSyncClient:
         self._engine_seen: pb.EngineInfo | None = None
         self._all_went_well = False
         """Whether the last update did."""
+        self._transport = transport
+        self._remote = RemoteUpdates(
+            target,
+            rank,
+            self.get_update,
+            credentials=credentials,
+            bucket_bytes=bucket_bytes,
+            staging_buffers=staging_buffers,
+            device=self._device,
+            fused_groups=fused_groups,
+        )
 
     def update_weights(
         self,
@@ -128,7 +148,8 @@ class WeightSyncClient:
             specs: what ``named_tensors`` will yield, in order, for an iterator too large to be held: then one bucket
                 at a time is taken from it. Without it the pairs are listed first.
             in_place: export the memory that the tensors lie in, without a copy. Each storage is one bucket; the same
-                layout on every rank. The tensors must not change before the call returns.
+                layout on every rank. The tensors must not change before the call returns. Where nothing is exported
+                (``transport``) they are copied all the same.
             check_finite: refuse NaN and infinity before anything is sent; each rank looks at what it holds.
             pause_mode: what happens to running requests: "retract", "in_place", "abort", "drain" (they are waited
                 for first) or "none" (one bucket before SGLang 0.5.21, or an idle engine).
@@ -147,6 +168,22 @@ class WeightSyncClient:
             ValueError: a tensor, name, dtype or option that cannot be sent; nothing was.
         """
         self._update_timeout = timeout
+        if self.transport == DISTRIBUTED:
+            return self._remote.update(
+                named_tensors,
+                specs,
+                version=version,
+                update_id=update_id or version,
+                timeout=timeout,
+                check_finite=check_finite,
+                pause_mode=pause_mode,
+                flush_cache=flush_cache,
+                selector=selector,
+                verify=verify,
+                content_digest=content_digest,
+                allow_unknown=allow_unknown,
+                allow_missing=allow_missing,
+            )
         header = pb.UpdateHeader(
             update_id=update_id or version,
             weight_version=version,
@@ -186,6 +223,9 @@ class WeightSyncClient:
         Takes part in all gathers of ``named_tensors`` that they go through. Raises only ``ValueError`` for tensors
         that could not have been sent.
         """
+        if self.transport == DISTRIBUTED:
+            self._remote.give_up(named_tensors, specs)
+            return
         cargo = self._planner.outgoing(named_tensors, specs)
         header = pb.UpdateHeader(
             update_id=update_id or version,
@@ -209,6 +249,7 @@ class WeightSyncClient:
         """
         self._buffers.release()
         self._residents.let_go()
+        self._remote.release()
 
     def update_weights_from_disk(
         self, *, version: str, model_path: str = "", pause_mode: str = "retract", timeout: float = 1800.0
@@ -308,6 +349,18 @@ class WeightSyncClient:
         self._stub.wait_ready(timeout)
 
     @property
+    def transport(self) -> str:
+        """How weights come to this engine, "ipc" or "distributed"; as long as "auto" cannot be decided, "ipc"."""
+        if self._transport == AUTO:
+            try:
+                engine = self._engine()
+            except WeightSyncError:
+                return IPC  # whatever is done next says why
+            self._transport = IPC if shares_memory(engine, self._device) else DISTRIBUTED
+            logger.info("weights come to the engine of %s by %s", self._stub.target, self._transport)
+        return self._transport
+
+    @property
     def unreleased_bytes(self) -> int:
         """Memory of this process that an engine may still be reading; 0 after every healthy update."""
         return self._ledger.unreleased_bytes
@@ -318,6 +371,7 @@ class WeightSyncClient:
         self._ledger.settle()
         self._buffers.release()
         self._residents.clear()
+        self._remote.close()
         self._stub.close()
 
     def __enter__(self) -> Self:

@@ -1,7 +1,7 @@
 """Whether this process and an engine can share memory, so that weights need no network.
 
-Invariant: "yes" is said only if the engine's ranks can open what this process exports: the same /dev/shm, whose files
-hold host memory and CUDA's reference counters, and for GPUs the same one for rank r here and rank r there.
+Invariant: "no" is said only where sharing surely fails: another /dev/shm, whose files hold host memory, or a GPU that
+is none of the engine's.
 """
 
 from functools import cache
@@ -24,19 +24,20 @@ def shared_memory_id() -> str:
         return ""
 
 
-def shares_memory(engine: pb.EngineInfo, rank: int, device: torch.device | None) -> bool:
-    """Whether ``rank``'s memory on ``device`` can be opened by the engine's rank of the same number.
+def shares_memory(engine: pb.EngineInfo, device: torch.device | None) -> bool:
+    """Whether this process's memory (on ``device``, by default the current GPU) can be opened by the engine's ranks.
 
-    An older sidecar, or one that cannot tell, is believed to be beside its trainer, as it always was.
+    The same on every rank of a trainer. On a GPU of the engine it is said to be so whatever else is in the way: then
+    nothing but shared memory can work, and the sidecar says what is missing. So it is of an engine of several nodes,
+    whose ranks elsewhere cannot be seen from the sidecar, and where nothing is known.
     """
-    theirs, mine = engine.shared_memory_id, shared_memory_id()
-    if theirs and mine and theirs != mine:
-        return False
-    if engine.device != "cuda" or rank >= len(engine.gpu_uuids) or not engine.gpu_uuids[rank]:
+    if engine.num_nodes > 1:
         return True
-    if not torch.cuda.is_available():
-        return False
-    return _uuid(device) == engine.gpu_uuids[rank].lower().removeprefix("gpu-")
+    uuids = [uuid.lower().removeprefix("gpu-") for uuid in engine.gpu_uuids if uuid]
+    if engine.device == "cuda" and uuids:
+        return torch.cuda.is_available() and _uuid(device) in uuids
+    theirs, mine = engine.shared_memory_id, shared_memory_id()
+    return not theirs or not mine or theirs == mine
 
 
 def _uuid(device: torch.device | None) -> str:

@@ -269,6 +269,7 @@ def engine_info(info: EngineInfo, epoch: int) -> pb.EngineInfo:
         replays=info.replays,
         gpu_uuids=[uuid and f"GPU-{uuid}" for uuid in info.gpu_uuids],
         shared_memory_id=shared_memory_id(),
+        num_nodes=info.nnodes,
     )
 
 

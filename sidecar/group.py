@@ -33,6 +33,10 @@ class Group:
         for text, most, what in ((self.name, MAX_TEXT, "group_name"), (self.master_address, MAX_HOST, "address")):
             if not 1 <= len(text) <= most or not text.isprintable():
                 raise _invalid(f"{what} must be 1 to {most} printable characters, not {text[:MAX_TEXT]!r}")
+        if not self.name[
+            0
+        ].isalpha():  # torch numbers its own groups, and a scheduler hangs in a name that some ranks have
+            raise _invalid(f"group_name {self.name!r} must begin with a letter")
         if not 1 <= self.master_port <= 65535:
             raise _invalid(f"master_port {self.master_port} is no port")
         if not 1 <= self.rank_offset <= self.world_size - tp_size or self.world_size > MAX_WORLD:

@@ -1,8 +1,8 @@
 """The torch.distributed group that the engine is in, over which a trainer without shared memory broadcasts weights.
 
-    none -> joining -> joined -> none     left, because another one is joined, or because a broadcast broke off: at once,
-               |                          so that no other member waits for this one
-               +-> lost                   SGLang may wait for the others still: fenced until a complete update
+    none -> joining -> joined -> none    left, because another one is joined, or because a broadcast broke off: at
+               |                         once, so that no other member waits for this one
+               +-> lost                  SGLang may wait for the others still: fenced until a complete update
 
 Invariants: a group is of one life of the engine, and is named in a load only while it is joined: SGLang up to 0.5.20
 dies of a name that it does not know. What joins or leaves goes on though its caller went, since SGLang does so too.

@@ -1,5 +1,7 @@
 """Probes and metrics over plain HTTP, for those that cannot speak gRPC: GET /livez, /readyz, /metrics.
 
+/readyz?version=7 is for a router in front of a fleet: ready, and serving that version.
+
 Owns its port and every connection to it. Invariant: whoever is at the other end, and however slowly he reads or writes,
 costs at most one of ``MAX_CONNECTIONS`` for ``PATIENCE_S``; nothing can be changed here, and reasons, which may quote a
 trainer's words, are not told.
@@ -10,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from urllib.parse import parse_qsl
 
 import h11
 
@@ -21,6 +24,10 @@ MAX_CONNECTIONS = 64
 PATIENCE_S = 5.0
 READ_BYTES = 1 << 14
 TEXT = "text/plain; charset=utf-8"
+
+
+Query = Mapping[str, str]
+"""What comes after the question mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,7 @@ class Answer:
 class ProbeServer:
     """Answers by path; each answer is made when it is asked for."""
 
-    def __init__(self, answers: Mapping[str, Callable[[], Answer]]) -> None:
+    def __init__(self, answers: Mapping[str, Callable[[Query], Answer]]) -> None:
         self._answers = answers
         self._server: asyncio.Server | None = None
         self._connections = 0
@@ -92,11 +99,11 @@ class ProbeServer:
     def _answer(self, request: h11.Request) -> Answer:
         if request.method not in (b"GET", b"HEAD"):
             return Answer(b"only GET is answered here\n", 405)
-        path = request.target.decode(errors="replace").partition("?")[0]
+        path, _, query = request.target.decode(errors="replace").partition("?")
         if path not in self._answers:
             return Answer(f"there is only {', '.join(sorted(self._answers))}\n".encode(), 404)
         try:
-            return self._answers[path]()
+            return self._answers[path](dict(parse_qsl(query)))
         except Exception:  # the edge of the process: a defect must not look like a dead sidecar
             logger.exception("a defect in the answer to %s", path)
             return Answer(b"a defect in the sidecar; see its log\n", 500)

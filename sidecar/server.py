@@ -31,7 +31,7 @@ from sidecar.listening import claim_engine, listen
 from sidecar.lora_loader import LoraLoader
 from sidecar.manifest_store import ManifestStore
 from sidecar.metrics import CONTENT_TYPE, Metrics
-from sidecar.probes import Answer, ProbeServer
+from sidecar.probes import Answer, ProbeServer, Query
 from sidecar.replay import Replay
 from sidecar.servicer import SERVICE_NAME, WeightSyncServicer
 from sidecar.standing import SidecarState
@@ -41,6 +41,7 @@ from sidecar.v1 import weight_sync_pb2_grpc as pb_grpc
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 2.0
+KEEPALIVE_MS = 10_000
 
 
 class SidecarServer:
@@ -123,18 +124,20 @@ class SidecarServer:
             await self._state_changed.wait()
             self._state_changed.clear()
 
-    def _livez(self) -> Answer:
+    def _livez(self, _: Query) -> Answer:
         return Answer(b"alive\n")
 
-    def _readyz(self) -> Answer:
+    def _readyz(self, query: Query) -> Answer:
         """In one word; the reason is told by ``status``, to those who may look."""
         standing = self._coordinator.standing
+        if standing.ready and query.get("version", standing.weight_version) != standing.weight_version:
+            return Answer(b"another_version\n", 503)
         if standing.ready and not self._stop.is_set():
             return Answer(f"{standing.state.name.lower()}\n".encode())
         word = "not_ready" if standing.state is SidecarState.READY else standing.state.name.lower()
         return Answer(f"{word}\n".encode(), 503)
 
-    def _exposition(self) -> Answer:
+    def _exposition(self, _: Query) -> Answer:
         return Answer(self._metrics.exposition(), content_type=CONTENT_TYPE)
 
     def _changed(self) -> None:
@@ -144,6 +147,9 @@ class SidecarServer:
         options = [
             ("grpc.so_reuseport", 0),  # a second sidecar on the port must fail, not share it
             ("grpc.max_receive_message_length", self._config.limits.message_bytes),
+            # A caller whose host or link has gone says nothing: its lease ends when it does not answer any more.
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
         ]
         guard = Guard(self._config.access, self._config.limits.open_calls)
         server = grpc.aio.server(interceptors=[ErrorInterceptor(self._metrics), guard], options=options)

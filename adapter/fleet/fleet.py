@@ -179,6 +179,10 @@ class Fleet:
         """In place of ``update_weights``, on the trainer's other ranks: go through the gathers of rank 0's tensors."""
         self._planner.outgoing(named_tensors, specs).forgo(self._staging_device())
 
+    def release(self) -> None:
+        """Give the staging memory back until the next update."""
+        self._regions.release()
+
     def close(self) -> None:
         """Have the engines leave the group, close the connections, and give the memory back."""
         self._group.leave()
@@ -271,7 +275,8 @@ class Fleet:
             self._fence(story, version)
         engines = story.results()
         if not enough:
-            raise FleetUpdateFailed(_too_few(version, engines, needed, order.policy), engines)
+            errors = {member.target: error for member, error in story.failed.items()}
+            raise FleetUpdateFailed(_too_few(version, engines, needed, order.policy), engines, errors)
         sizes = [bucket.num_bytes for bucket in order.filling.plan.buckets]
         return FleetResult(
             weight_version=version,

@@ -63,8 +63,13 @@ class FleetResult:
 
 
 class FleetUpdateFailed(WeightSyncError):
-    """Too few engines took the update: it was not published. ``engines`` says of each what happened."""
+    """Too few engines took the update: it was not published."""
 
-    def __init__(self, message: str, engines: Mapping[str, EngineResult]) -> None:
+    def __init__(
+        self, message: str, engines: Mapping[str, EngineResult], errors: Mapping[str, WeightSyncError]
+    ) -> None:
         super().__init__(message)
         self.engines = engines
+        """By target: what happened."""
+        self.errors = errors
+        """By target: why, of those that have a reason."""

@@ -987,6 +987,7 @@ class EngineInfo(_message.Message):
     GPU_UUIDS_FIELD_NUMBER: _builtins.int
     REPLAYS_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_ID_FIELD_NUMBER: _builtins.int
+    NUM_NODES_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """SGLang's release, such as "0.5.23"."""
     tp_size: _builtins.int
@@ -1007,6 +1008,8 @@ class EngineInfo(_message.Message):
     """Which /dev/shm the sidecar sees: equal only for processes that share it, as memory can be shared among those alone.
     Empty where it cannot be told.
     """
+    num_nodes: _builtins.int
+    """Hosts that its TP ranks are spread over; the sidecar is on the first."""
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """By TP rank: the GPU that it runs on, as "nvidia-smi -L" shows it. Memory of another GPU is refused. An empty string
@@ -1026,10 +1029,11 @@ class EngineInfo(_message.Message):
         gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
         replays: _builtins.bool = ...,
         shared_memory_id: _builtins.str = ...,
+        num_nodes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dialect", b"dialect", "epoch", b"epoch", "gpu_uuids", b"gpu_uuids", "replays", b"replays", "shared_memory_id", b"shared_memory_id", "tp_size", b"tp_size", "unsupported_reason", b"unsupported_reason", "uses_sessions", b"uses_sessions", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dialect", b"dialect", "epoch", b"epoch", "gpu_uuids", b"gpu_uuids", "num_nodes", b"num_nodes", "replays", b"replays", "shared_memory_id", b"shared_memory_id", "tp_size", b"tp_size", "unsupported_reason", b"unsupported_reason", "uses_sessions", b"uses_sessions", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

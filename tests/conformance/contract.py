@@ -5,7 +5,7 @@ One suite for real and scripted engines, so that the scripted one cannot drift i
     for check in CHECKS:
         check(EngineUnderTest(url, release, tp_size))
 
-Invariant: no check loads weights, and none does what would kill some release.
+Invariant: no check loads weights that the model has, and none does what would kill some release.
 """
 
 import time
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from sidecar.engine.info import NEEDED_ROUTES, SESSION_ROUTES
 from tests.conformance.client import EngineUnderTest, adapter_outcome, is_schema_error, outcome
+from tests.conformance.groups import GROUP_CHECKS
 
 Check = Callable[[EngineUnderTest], None]
 
@@ -363,4 +364,5 @@ CHECKS: tuple[Check, ...] = (
     an_unpaused_session_waits_for_requests_in_flight,
     adapters_need_a_server_that_was_started_for_them,
     one_payload_per_rank_since_0_5_17,
+    *GROUP_CHECKS,
 )

@@ -13,6 +13,7 @@ from tests.conformance.client import EngineUnderTest
 from tests.conformance.contract import CHECKS, LORA_CHECKS, Check
 from tests.fakes import ScriptedEngine
 from tests.fakes.dialects import RELEASES
+from tests.fakes.scripted_engine import CHECKPOINT
 
 REAL_ENGINE_URL = os.environ.get("REAL_ENGINE_URL")
 ENGINES = [*RELEASES, *(["real"] if REAL_ENGINE_URL else [])]
@@ -26,7 +27,8 @@ def engine_under_test(request: pytest.FixtureRequest) -> Iterator[EngineUnderTes
         info = requests.get(f"{REAL_ENGINE_URL}/server_info", timeout=30).json()
         yield EngineUnderTest(REAL_ENGINE_URL, info["version"], info["tp_size"])
         return
-    with ScriptedEngine(request.param, tp_size=2, token_s=TOKEN_S) as engine:
+    # The checks load what no model has.
+    with ScriptedEngine(request.param, tp_size=2, token_s=TOKEN_S, known_names=CHECKPOINT) as engine:
         yield EngineUnderTest(engine.url, request.param, 2)
 
 

@@ -28,6 +28,11 @@ class EngineDialect:
         return not self._since("0.5.21")
 
     @property
+    def checks_buckets_first(self) -> bool:
+        """A bucket that nobody could receive is refused before the broadcast; older ones notice after it."""
+        return self._since("0.5.23")
+
+    @property
     def refused_flush_is_fatal(self) -> bool:
         """An update with flush_cache: true whose flush is refused kills the server, instead of a 400."""
         return not self._since("0.5.22")
@@ -71,6 +76,13 @@ class EngineDialect:
     def lora_by_rank(self) -> bool:
         """/load_lora_adapter_from_tensors takes a payload per TP rank; older ones take one for all."""
         return self._since("0.5.17")
+
+    def not_received(self, problem: str) -> str:
+        """How it says that a bucket did not come over a group; older ones do not tell that from half a load."""
+        if self._since("0.5.21"):
+            return f"Failed to receive weights: {problem}"
+        fear = "The full weights of the ModelRunner are partially updated. Please discard the whole weights."
+        return f"Failed to update parameter online: {problem}. {fear}"
 
     def model_info(self) -> dict[str, object]:
         """Fields of /model_info that exist in this release, with a small Qwen3's values."""

@@ -19,6 +19,7 @@ from tests.fakes.calls import Call, Reply, json_reply, outcome, text_reply
 from tests.fakes.dialects import EngineDialect
 from tests.fakes.faults import EngineDied, Fault
 from tests.fakes.generation import Generation
+from tests.fakes.groups import DESTROY, INIT, RECEIVE, RECEIVED, NotReceived, UpdateGroups
 from tests.fakes.lora import LOAD, MODELS, UNLOAD, LoraPool
 from tests.fakes.payloads import Entry
 from tests.fakes.replay import LOADER, FakeLoaders, ReplayScript
@@ -82,6 +83,7 @@ class EngineLife:
         self.session_open = False
         self.generation = Generation()
         self.lora = LoraPool(settings.dialect, settings.tp_size, settings.server_info, settings.device)
+        self.groups = UpdateGroups(settings.dialect, settings.device)
         self.loaders = FakeLoaders(settings.replay)
         self.dead = threading.Event()
         self._gets: dict[str, Callable[[Call], Reply]] = {
@@ -99,7 +101,9 @@ class EngineLife:
             "/pause_generation": self._pause_generation,
             "/continue_generation": self._continue_generation,
             "/update_weights_from_tensor": self._update_weights_from_tensor,
-            "/update_weights_from_distributed": self._update_weights_from_distributed,
+            INIT: self.groups.init,
+            DESTROY: self.groups.destroy,
+            RECEIVE: self._update_weights_from_distributed,
             "/update_weights_from_disk": self._update_weights_from_disk,
             "/update_weight_version": self._update_weight_version,
             "/flush_cache": self._flush_cache,
@@ -145,7 +149,7 @@ class EngineLife:
             reply = route(call)
             self._check_alive()
             return reply
-        self._wait_for_requests(call)
+        self.generation.make_way(call)
         return self._scheduled(call, route, before, fault)
 
     def _scheduled(
@@ -155,23 +159,13 @@ class EngineLife:
             self._check_alive()
             before()
             self._check_alive()
-            if call.path == "/update_weights_from_tensor" and fault in (Fault.HALF_LOAD, Fault.SKIP_HALF):
+            if call.path in ("/update_weights_from_tensor", RECEIVE) and fault in (Fault.HALF_LOAD, Fault.SKIP_HALF):
                 return self._half_load(call, fault)
             return route(call)
 
     def _check_alive(self) -> None:
         if self.dead.is_set():
             raise EngineDied
-
-    def _wait_for_requests(self, call: Call) -> None:
-        """What SGLang waits for before the scheduler hears of a call."""
-        body = call.body or {}
-        if call.path.startswith("/update_weight") and _aborts(call.path, body):
-            self.generation.abort_all()
-        if call.path in _NEED_WRITER_LOCK:
-            self.generation.wait_for_writer_lock()
-        if call.path == "/flush_cache" and (patience_s := float(call.query.get("timeout", 0))) > 0:
-            self.generation.wait_until_idle(patience_s)
 
     def _model_info(self, _call: Call) -> Reply:
         now = {"model_path": self.model_path, "weight_version": self.weight_version}
@@ -225,7 +219,8 @@ class EngineLife:
         return self._load(call, every=1)
 
     def _half_load(self, call: Call, fault: Fault) -> Reply:
-        reply = self._load(call, every=2)
+        load = self._receive if call.path == RECEIVE else self._load
+        reply = load(call, every=2)
         if fault is Fault.HALF_LOAD:
             raise EngineDied
         return reply
@@ -249,7 +244,7 @@ class EngineLife:
         except Exception as death:
             raise EngineDied(f"{type(death).__name__}: {death}") from death
 
-    def _loaded(self, body: Mapping[str, Any]) -> Reply:
+    def _loaded(self, body: Mapping[str, Any], success: str = "Success") -> Reply:
         """Flush if asked to, then take the version over."""
         if body.get("flush_cache", True) and not self._can_flush():
             if self._dialect.refused_flush_is_fatal:
@@ -257,18 +252,21 @@ class EngineLife:
             return outcome(False, NOT_FLUSHED)
         version = body.get("weight_version")
         if version is None:
-            return outcome(True, "Success")
+            return outcome(True, success)
         self.weight_version = version
-        return outcome(True, f"Success Weight version updated to {version}.")
+        return outcome(True, f"{success} Weight version updated to {version}.")
 
     def _update_weights_from_distributed(self, call: Call) -> Reply:
+        return self._receive(call, every=1)
+
+    def _receive(self, call: Call, every: int) -> Reply:
         if refusal := self._outside_session("update_weights_from_distributed"):
             return refusal
-        if self._dialect.unknown_group_is_fatal:
-            raise EngineDied("unknown group")
-        group = call.body.get("group_name", "weight_update_group")
-        hint = "Please call `init_weights_update_group` first."
-        return outcome(False, f"Failed to receive weights: Group {group} not in []. {hint}")
+        try:
+            self.weights.receive(self.groups.receive(call.body), every)
+        except NotReceived as problem:
+            return outcome(False, str(problem))
+        return self._loaded(call.body, RECEIVED)
 
     def _update_weights_from_disk(self, call: Call) -> Reply:
         """Needs no session. A folder stands for content of its own: every tensor that the model has gets it.
@@ -373,20 +371,6 @@ class EngineLife:
         if self._dialect.has_version_spans:
             info["weight_versions"] = _spans(began_with, self.weight_version, number)
         return info
-
-
-_NEED_WRITER_LOCK = (
-    "/begin_weight_update",
-    "/end_weight_update",
-    "/update_weights_from_tensor",
-    "/update_weights_from_distributed",
-    "/update_weights_from_disk",
-)
-
-
-def _aborts(path: str, body: Mapping[str, Any]) -> bool:
-    """/update_weight_version aborts every request unless told not to; the others do not unless told to."""
-    return bool(body.get("abort_all_requests", path == "/update_weight_version"))
 
 
 def _spans(began_with: str, ended_with: str, number: int) -> list[dict[str, object]]:

@@ -16,7 +16,7 @@ class Fault(Enum):
     DIE_AFTER = auto()
     """It acts, then is killed before it answers."""
     HALF_LOAD = auto()
-    """It loads every other tensor of every rank, then is killed. Only for /update_weights_from_tensor."""
+    """It loads every other tensor of every rank, then is killed. Only for loads from memory and from a group."""
     SKIP_HALF = auto()
     """It loads every other tensor and answers 200, as SGLang does for names that it does not know."""
     CUT = auto()

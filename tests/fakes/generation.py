@@ -1,4 +1,4 @@
-"""Requests in flight, and what a pause does to them.
+"""Requests in flight, what a pause does to them, and which calls wait for them.
 
     retract    running -> waiting; they come back at continue
     in_place   stay running, frozen
@@ -12,7 +12,16 @@ import threading
 import time
 from collections.abc import Callable
 
+from tests.fakes.calls import Call
 from tests.fakes.faults import EngineDied
+
+_NEED_WRITER_LOCK = (
+    "/begin_weight_update",
+    "/end_weight_update",
+    "/update_weights_from_tensor",
+    "/update_weights_from_distributed",
+    "/update_weights_from_disk",
+)
 
 
 class Generation:
@@ -74,6 +83,15 @@ class Generation:
         if not self.paused:
             self.wait_until_idle(None)
 
+    def make_way(self, call: Call) -> None:
+        """What SGLang aborts and waits for before the scheduler hears of a call."""
+        if _aborts(call):
+            self.abort_all()
+        if call.path in _NEED_WRITER_LOCK:
+            self.wait_for_writer_lock()
+        if call.path == "/flush_cache" and (patience_s := float(call.query.get("timeout", 0))) > 0:
+            self.wait_until_idle(patience_s)
+
     def decode(self, seconds: float) -> bool:
         """One client's request: waits out pauses, takes ``seconds`` of unpaused time. False if it was aborted."""
         self._admit()
@@ -106,3 +124,10 @@ class Generation:
             if self._dead:
                 raise EngineDied
             return held
+
+
+def _aborts(call: Call) -> bool:
+    """/update_weight_version aborts every request unless told not to; the others do not unless told to."""
+    if not call.path.startswith("/update_weight"):
+        return False
+    return bool((call.body or {}).get("abort_all_requests", call.path == "/update_weight_version"))

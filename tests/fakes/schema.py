@@ -31,6 +31,15 @@ def _one_of(*choices: str) -> Check:
     return lambda value: "" if value in choices else f"Input should be {' or '.join(map(repr, choices))}"
 
 
+def _list_of(check: Check) -> Check:
+    def problem(value: Any) -> str:
+        if not isinstance(value, list):
+            return "Input should be a valid list"
+        return next(filter(None, map(check, value)), "")
+
+    return problem
+
+
 def _base64_list(value: Any) -> str:
     if not isinstance(value, list):
         return "Input should be a valid list"
@@ -43,7 +52,11 @@ def _base64_list(value: Any) -> str:
 
 
 _BOOL = Field(_is_a(bool, "boolean"))
-_LIST = Field(_is_a(list, "list"), required=True)
+_TEXT = Field(_is_a(str, "string"))
+_NEEDED_TEXT = Field(_is_a(str, "string"), required=True)
+_NEEDED_NUMBER = Field(_is_a(int, "integer"), required=True)
+_TEXTS = Field(_list_of(_is_a(str, "string")), required=True)
+_SHAPES = Field(_list_of(_list_of(_is_a(int, "integer"))), required=True)
 _TEXT_OR_NONE = Field(_is_a(str, "string", or_none=True))
 _SELECTOR = {"selector": Field(_one_of("target", "draft", "all"))}
 _UPDATE = {"flush_cache": _BOOL, "abort_all_requests": _BOOL, "weight_version": _TEXT_OR_NONE}
@@ -57,26 +70,42 @@ _BODIES: dict[str, dict[str, Field]] = {
         "load_format": _TEXT_OR_NONE,
         **_UPDATE,
     },
-    "/update_weights_from_distributed": {"names": _LIST, "dtypes": _LIST, "shapes": _LIST, **_UPDATE},
+    "/init_weights_update_group": {
+        "master_address": _NEEDED_TEXT,
+        "master_port": _NEEDED_NUMBER,
+        "rank_offset": _NEEDED_NUMBER,
+        "world_size": _NEEDED_NUMBER,
+        "group_name": _TEXT,
+        "backend": _TEXT,
+    },
+    "/destroy_weights_update_group": {"group_name": _TEXT},
+    "/update_weights_from_distributed": {
+        "names": _TEXTS,
+        "dtypes": _TEXTS,
+        "shapes": _SHAPES,
+        "group_name": _TEXT,
+        "load_format": _TEXT_OR_NONE,
+        **_UPDATE,
+    },
     "/update_weights_from_disk": {
-        "model_path": Field(_is_a(str, "string"), required=True),
+        "model_path": _NEEDED_TEXT,
         "load_format": _TEXT_OR_NONE,
         **_UPDATE,
     },
     "/load_lora_adapter_from_tensors": {
-        "lora_name": Field(_is_a(str, "string"), required=True),
+        "lora_name": _NEEDED_TEXT,
         "config_dict": Field(_is_a(dict, "dictionary"), required=True),
         "load_format": _TEXT_OR_NONE,
         "pinned": _BOOL,
     },
-    "/unload_lora_adapter": {"lora_name": Field(_is_a(str, "string"), required=True)},
-    "/update_weight_version": {"new_version": Field(_is_a(str, "string"), required=True), "abort_all_requests": _BOOL},
+    "/unload_lora_adapter": {"lora_name": _NEEDED_TEXT},
+    "/update_weight_version": {"new_version": _NEEDED_TEXT, "abort_all_requests": _BOOL},
 }
 
 
 _LORA_TENSORS = {
     True: {"serialized_named_tensors": Field(_base64_list, required=True)},
-    False: {"serialized_tensors": Field(_is_a(str, "string"), required=True)},
+    False: {"serialized_tensors": _NEEDED_TEXT},
 }
 
 

@@ -99,6 +99,11 @@ class ScriptedEngine:
         return list(self._life.lora.loaded)
 
     @property
+    def groups(self) -> list[str]:
+        """torch.distributed groups that it is in, in the order in which it joined."""
+        return list(self._life.groups.joined)
+
+    @property
     def random_seed(self) -> int:
         """New in every life."""
         return self._life.seed

@@ -27,6 +27,12 @@ class Weights:
         for rank, entry in zip(self.ranks, entries, strict=True):
             rank.update({tensor.name: tensor.digest() for tensor in entry.tensors[::every] if self._knows(tensor.name)})
 
+    def receive(self, digests: Mapping[str, str], every: int = 1) -> None:
+        """The same for what was broadcast, by name: every rank gets it whole."""
+        arrived = {name: digests[name] for name in list(digests)[::every] if self._knows(name)}
+        for rank in self.ranks:
+            rank.update(arrived)
+
     def load_from_disk(self, folder: str) -> None:
         """Every tensor that the model has, from a checkpoint."""
         for rank in self.ranks:
