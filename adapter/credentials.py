@@ -30,12 +30,17 @@ class Credentials:
     """With a bearer token; read for every call, since it may change."""
     token: str = field(default="", repr=False)
     """The token itself, in place of a file."""
+    server_name: str = ""
+    """The name that the sidecar's certificate must have, where it is not what the sidecar is addressed by: many of them
+    behind one DNS name are addressed by number, and have one certificate."""
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key go together")
         if self.token and self.token_file:
             raise ValueError("give token or token_file, not both")
+        if self.server_name and not self.speaks_tls:
+            raise ValueError("server_name is about TLS: give ca=, or tls=True")
 
     @property
     def speaks_tls(self) -> bool:
@@ -45,7 +50,8 @@ class Credentials:
     def channel(self, target: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
         """A channel; raises ``ValueError`` for a token that would be sent in clear, ``OSError`` for files."""
         if self.speaks_tls:
-            channel = grpc.secure_channel(target, self._tls(), options=options)
+            named = [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
+            channel = grpc.secure_channel(target, self._tls(), options=[*options, *named])
         else:
             if self._has_token and not _stays_here(target):
                 raise ValueError(f"the token would go to {target} unencrypted: give ca=, or tls=True")

@@ -22,8 +22,8 @@ def check_suits_engine(header: Header, info: EngineInfo, num_buckets: int) -> No
         raise refusals.cannot_go_unpaused(header, info.version, num_buckets)
     if unpaused and header.verify:
         raise refusals.cannot_verify_unpaused(header)
-    if header.two_phase and header.pause_mode is PauseMode.NONE:
-        raise refusals.cannot_decide_unpaused(header)
+    if (header.two_phase or header.group_name) and header.pause_mode is PauseMode.NONE:
+        raise refusals.cannot_wait_unpaused(header)
     if header.keep_cache and not unpaused and header.pause_mode in (PauseMode.DRAIN, PauseMode.NONE):
         raise refusals.cannot_keep_cache(header)
     if header.selector in (Selector.TARGET, Selector.DRAFT) and not info.dialect.has_selector:

@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager
 from math import inf
 from typing import Protocol
 
-from sidecar import fate, refusals
+from sidecar import fate, group, refusals
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import (
     EngineDown,
@@ -33,7 +33,6 @@ from sidecar.errors import (
     EngineUnreachable,
     SyncError,
 )
-from sidecar.group import tensors_of
 from sidecar.memory import is_kept
 from sidecar.payload import LOAD_FORMAT, REPLAY_FORMAT, BucketPayload
 from sidecar.replay import Replay
@@ -106,11 +105,6 @@ class Engine(fate.Engine, Protocol):
         """Let generation go on."""
 
 
-NOT_YET_WRITTEN = ("Failed to receive weights", "must run between", "are not supported")
-"""Of a refused receive: SGLang says one of these before it writes a weight. Releases up to 0.5.20 say of a receive that
-broke, as of a load that did, that the weights are partially updated."""
-
-
 class Trainer(Protocol):
     """The ranks of an update, as the applier waits for them; each wait is bounded and raises ``SyncError``."""
 
@@ -150,17 +144,18 @@ class Applier:
         self._spans = spans
         self._verifier = Verifier()
 
-    async def apply(self, update: Update, payloads: Sequence[BucketPayload], *, dirty: bool) -> None:
+    async def apply(self, update: Update, payloads: Sequence[BucketPayload], *, stay_held: bool) -> None:
         """Bring ``update`` from APPLYING to an ended state; raises nothing that the engine or a rank can cause.
 
-        ``dirty``: the engine holds mixed weights from before, so it must not generate if this breaks off too.
+        ``stay_held``: the engine must not generate if this breaks off, because it holds mixed weights from before or
+        was taken out of service.
         """
         collected = update.started + update.phase_seconds.get(Phase.COLLECT, 0.0)
         with self._spans.update(update.trace, update.log_fields, update.started, collected) as tell:
-            await self._load_and_publish(update, payloads, dirty)
+            await self._load_and_publish(update, payloads, stay_held)
             tell(update.state.name.lower(), update.error.message if update.error else "")
 
-    async def _load_and_publish(self, update: Update, payloads: Sequence[BucketPayload], dirty: bool) -> None:
+    async def _load_and_publish(self, update: Update, payloads: Sequence[BucketPayload], stay_held: bool) -> None:
         try:
             await self._pause(update)
             if update.model_path is None:
@@ -169,7 +164,7 @@ class Applier:
                 await self._load_from_disk(update, update.model_path)
             await self._make_visible(update)
         except SyncError as error:
-            await self._break_off(update, error, dirty)
+            await self._break_off(update, error, stay_held)
         else:
             update.end(UpdateState.COMMITTED)
         self._changed()
@@ -241,11 +236,12 @@ class Applier:
 
     async def _receive(self, update: Update, bucket: int) -> None:
         try:
-            tensors = tensors_of(update.manifest.buckets[bucket])
+            tensors = group.tensors_of(update.manifest.buckets[bucket])
             await self._engine.receive(tensors, update.header.group_name, _selector(update))
         except EngineRefused as refusal:
-            unwritten = any(words in refusal.message for words in NOT_YET_WRITTEN)
-            update.touched |= update.num_loaded > 0 or not unwritten
+            one_model = update.header.selector not in (Selector.ALL, Selector.DRAFT)
+            wrote_nothing = group.wrote_nothing(refusal.message, update.num_engine_ranks, one_model=one_model)
+            update.touched |= update.num_loaded > 0 or not wrote_nothing
             raise
         update.loaded_by(LoadPath.STOCK)
 
@@ -334,7 +330,7 @@ class Applier:
 
     # Breaking off.
 
-    async def _break_off(self, update: Update, error: SyncError, dirty: bool) -> None:
+    async def _break_off(self, update: Update, error: SyncError, stay_held: bool) -> None:
         """Leave the engine as it was if no weight was written; otherwise dirty, held and without an open session."""
         phase, touched = update.phase, update.touched
         logger.error(
@@ -346,7 +342,7 @@ class Applier:
         )
         if update.header.group_name and phase is Phase.LOAD and update.num_posted:
             await self._membership.leave()  # first: members who wait for this one are let go
-        undone = await self._undo(update, resume=not touched and not dirty)
+        undone = await self._undo(update, resume=not touched and not stay_held)
         restarted = isinstance(error, EngineRestarted | EngineDown) or self._engine.epoch != update.epoch
         if restarted or (undone and not touched):
             timed_out = isinstance(error, EngineTimeout) and not restarted

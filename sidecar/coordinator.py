@@ -12,9 +12,9 @@ The only writer of updates. Lives on one event loop, so nothing here is locked. 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from sidecar import admission, applier, history, membership, recovery, refusals, standing
 from sidecar.applier import Applier
@@ -41,6 +41,8 @@ from sidecar.tracing import TRACE, Spans
 from sidecar.update import Header, Phase, Update, UpdateState
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LATENESS_S = 1.0
 """A call that breaks off so close to its deadline met that: clients count from when they sent, we from its arrival."""
@@ -247,36 +249,25 @@ class Coordinator:
         """The engine joins ``group``, over which updates may come then; raises why it does not."""
         info = await self.engine_info()
         group.check(info.tp_size, info.device)
-        self.claim(f"joining group {group.name!r}")
-        try:
-            await self._membership.join(group)
-        finally:
-            self.release()
-            self.changed()
+        await self._claiming(f"joining group {group.name!r}", lambda: self._membership.join(group))
 
     async def leave_group(self, name: str) -> bool:
         """The engine leaves its group if it is that one; whether it was."""
         if self.group is None or self.group.name != name:
             return False
-        self.claim(f"leaving group {name!r}")
-        try:
-            return await self._membership.leave()
-        finally:
-            self.release()
-            self.changed()
+        return await self._claiming(f"leaving group {name!r}", self._membership.leave)
 
     async def fence(self, why: str, *, pause: bool) -> None:
         """Take the engine out of service until its next complete update; ``pause``: generation, too."""
         await self.engine_info()
-        self.claim("fencing")
-        try:
-            self._served.fence(why)
+
+        async def take_out() -> None:
+            self._served.fence(refusals.own_words(why), held=pause)
             if pause:
                 self._engine.attach()
                 await self._engine.hold()
-        finally:
-            self.release()
-            self.changed()
+
+        await self._claiming("fencing", take_out)
 
     async def hold(self, update_id: str, rank: int, budget_s: float) -> Update:
         """One rank shows that it lives; returns the update once it has ended, however it did."""
@@ -323,6 +314,19 @@ class Coordinator:
     def release(self) -> None:
         """Updates may come again."""
         self._claimed_by = ""
+
+    async def _claiming(self, by: str, act: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """``act`` in the place of an update, to its end though the caller goes: the engine goes on with it, too."""
+        self.claim(by)
+
+        async def to_its_end() -> T:
+            try:
+                return await act()
+            finally:
+                self.release()
+                self.changed()
+
+        return await asyncio.shield(asyncio.create_task(to_its_end(), name=by))
 
     # Joining an update.
 
@@ -419,7 +423,9 @@ class Coordinator:
         digest: str = "",
         model_path: str | None = None,
     ) -> Update:
-        update = Update(header, manifest, digest, info.placement, self._engine.epoch, info.ep_size, model_path)
+        update = Update(
+            header, manifest, digest, info.placement, self._engine.epoch, info.ep_size, info.tp_size, model_path
+        )
         update.started, update.trace = time.monotonic(), TRACE.get()
         return update
 
@@ -494,7 +500,7 @@ class Coordinator:
     async def _apply(self, update: Update) -> None:
         try:
             self._served.touching(update, writing=False)
-            await self._applier.apply(update, self._payloads, dirty=self._served.dirty is not None)
+            await self._applier.apply(update, self._payloads, stay_held=self._served.stays_held)
         except Exception as bug:  # the edge of a task that nobody awaits: it must not vanish
             logger.exception("update %s: a defect in the sidecar", update.id, extra=update.log_fields)
             update.end(UpdateState.FAILED, refusals.defect(update, bug))

@@ -80,7 +80,6 @@ class Reason(StrEnum):
     GROUP_UNSUITABLE = "GROUP_UNSUITABLE"
     GROUP_UNKNOWN = "GROUP_UNKNOWN"
     NOT_PREPARED = "NOT_PREPARED"
-    FENCED = "FENCED"
 
 
 class SyncError(Exception):

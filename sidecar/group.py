@@ -13,6 +13,9 @@ MAX_TEXT = 128
 MAX_HOST = 253
 MAX_WORLD = 1 << 16
 BACKENDS = ("nccl", "gloo")
+NOT_RECEIVED = "Failed to receive weights"
+NOT_BEGUN = ("must run between", "are not supported")
+"""What every rank says alike; but with a draft model, perhaps only of that, once the target is loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +80,17 @@ def tensors_of(bucket: BucketSpec) -> dict[str, object]:
         "dtypes": [tensor.dtype for tensor in bucket.tensors],
         "shapes": [list(tensor.shape) for tensor in bucket.tensors],
     }
+
+
+def wrote_nothing(refused: str, num_ranks: int, *, one_model: bool) -> bool:
+    """Whether a receive that SGLang ``refused`` in these words has left the weights of ``num_ranks`` ranks alone.
+
+    Only the first rank answers. What it has not received, another may have, and has loaded it then. Releases up to
+    0.5.20 say of both, a receive and a load that broke, that the weights are partially updated.
+    """
+    if NOT_RECEIVED in refused:
+        return num_ranks == 1
+    return one_model and any(words in refused for words in NOT_BEGUN)
 
 
 def _invalid(problem: str) -> InvalidRequest:

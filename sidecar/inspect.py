@@ -126,12 +126,21 @@ def describe(status: pb.GetStatusResponse, *, running: bool = True) -> str:
         lines.append(_line("engine", f"SGLang {engine.version}, tp_size {engine.tp_size}, {engine.device}{loader}"))
         if engine.gpu_uuids:
             lines.append(_line("gpus", ", ".join(uuid or "unknown" for uuid in engine.gpu_uuids)))
+    if status.HasField("group"):
+        lines.append(_group(status.group))
     lines.append(_line("serves", f"version {status.weight_version!r}" if status.weight_version else "no one version"))
     if status.HasField("current_update"):
         lines += _current(status.current_update, running=running)
     if status.HasField("last_update"):
         lines += _last(status.last_update)
     return "\n".join(map(one_line, lines))
+
+
+def _group(group: pb.WeightsUpdateGroup) -> str:
+    """Which of its ranks the engine's are is told by the first."""
+    at = f"{group.master_address}:{group.master_port}"
+    text = f"{group.group_name!r} of {group.world_size} ranks ({group.backend}, {at}), the engine's from "
+    return _line("group", f"{text}{group.rank_offset} on")
 
 
 def _current(update: pb.UpdateOutcome, *, running: bool) -> list[str]:
@@ -148,6 +157,8 @@ def _current(update: pb.UpdateOutcome, *, running: bool) -> list[str]:
 
 def _last(update: pb.UpdateOutcome) -> list[str]:
     text = f"{_title(update)} in {_sum(update)}, bucket {update.num_posted} of {update.num_buckets}"
+    if update.transport:
+        text += f", {_name(pb.Transport.Name(update.transport), 'TRANSPORT_')}"
     if update.load_path:
         text += f", {_name(pb.LoadPath.Name(update.load_path), 'LOAD_PATH_')}"
     if update.load_reason:

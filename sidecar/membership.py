@@ -5,20 +5,17 @@
                +-> lost                  SGLang may wait for the others still: fenced until a complete update
 
 Invariants: a group is of one life of the engine, and is named in a load only while it is joined: SGLang up to 0.5.20
-dies of a name that it does not know. What joins or leaves goes on though its caller went, since SGLang does so too.
+dies of a name that it does not know. Whatever the engine may be in, it leaves before it joins another one.
 """
 
-import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Protocol
 
 from sidecar.errors import EngineError, EngineLost, Reason, UnsuitableEngine
 from sidecar.group import Group
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Engine(Protocol):
@@ -47,6 +44,8 @@ class Membership:
         self._lost = lost
         self._joined: tuple[int, Group] | None = None
         """With the life of the engine that is in it."""
+        self._perhaps: dict[str, int] = {}
+        """Groups that the engine is in, or may be since an answer was lost, with its life."""
 
     @property
     def group(self) -> Group | None:
@@ -64,32 +63,32 @@ class Membership:
         """Leave the group of before, and join this one. Raises ``EngineError``."""
         self._engine.attach()
         await self.leave()
-        await _through(self._join(group))
-
-    async def leave(self) -> bool:
-        """Leave the group; whether there was one. Raises nothing: nobody counts on a group that is left."""
-        group, self._joined = self.group, None
-        if group is None:
-            return False
-        try:
-            return await _through(self._engine.leave_group(group.name))
-        except EngineError as error:
-            logger.warning("group %s could not be left in order: %s", group.name, error.message)
-            return True
-
-    async def _join(self, group: Group) -> None:
+        epoch = self._perhaps[group.name] = self._engine.epoch
         try:
             await self._engine.join_group(group)
-        except EngineLost as lost:
+        except EngineLost:
             self._lost(
                 f"the engine did not answer while it joined group {group.name!r} of {group.master_address}: its "
                 "scheduler may wait for members that never come, until the trainer's process ends or it is restarted"
             )
-            raise lost
-        self._joined = (self._engine.epoch, group)
+            raise
+        except EngineError:
+            del self._perhaps[group.name]
+            raise
+        self._joined = (epoch, group)
         logger.info("the engine has joined group %s of %d ranks (%s)", group.name, group.world_size, group.backend)
 
+    async def leave(self) -> bool:
+        """Leave the group; whether there was one. Raises nothing: nobody counts on a group that is left."""
+        self._joined = None
+        self._perhaps = {name: epoch for name, epoch in self._perhaps.items() if epoch == self._engine.epoch}
+        return any([await self._leave(name) for name in list(self._perhaps)])
 
-async def _through(call: Coroutine[Any, Any, T]) -> T:
-    """To its end, even if the caller goes."""
-    return await asyncio.shield(asyncio.ensure_future(call))
+    async def _leave(self, name: str) -> bool:
+        try:
+            was_joined = await self._engine.leave_group(name)
+        except EngineError as error:
+            logger.warning("group %s could not be left in order: %s", name, error.message)
+            return True
+        del self._perhaps[name]
+        return was_joined

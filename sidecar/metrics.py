@@ -119,7 +119,7 @@ class Metrics:
     def _loaded(self, update: Update) -> None:
         loaded = update.manifest.buckets[: update.num_loaded]
         self._buckets.inc(len(loaded))
-        self._bytes.inc(sum(bucket.size_bytes for bucket in loaded) * update.header.tp_size)
+        self._bytes.inc(sum(bucket.size_bytes for bucket in loaded) * update.num_engine_ranks)
         if update.state is UpdateState.COMMITTED:
             self._committed.set_to_current_time()
             if update.load_path is not LoadPath.NOT_LOADED:

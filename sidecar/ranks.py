@@ -25,7 +25,7 @@ class Ranks:
         """Until every rank has delivered ``bucket`` (committed, past the last); raises ``SyncError``."""
         if bucket == update.num_buckets:
             return await self._wait(update, update.uncommitted, "to commit", self._timeouts.bucket)
-        what = f"to deliver bucket {bucket}"
+        what = "to commit" if update.header.group_name else f"to deliver bucket {bucket}"
         await self._wait(update, lambda: update.waiting_for(bucket), what, self._timeouts.bucket)
         if not update.header.group_name:
             _check_again(update, bucket)

@@ -63,14 +63,20 @@ def not_abortable(update: Update) -> UnsuitableEngine:
 
 def aborted_by(update: Update, rank: int, why: str) -> UpdateConflict:
     """A rank's own wish."""
-    why = _one_line(why) or "no reason given"
+    why = own_words(why)
     message = f"rank {rank} aborted update {update.id!r}: {why}"
     return UpdateConflict(Reason.UPDATE_ABORTED, message, rank=rank, updateId=update.id)
 
 
 def caller_gone(update: Update, rank: int) -> UpdateConflict:
     """A rank's call ended before its memory was used."""
-    message = f"update {update.id!r}: rank {rank} cancelled its call, or died, before the engine had its memory"
+    what = "weights" if update.header.group_name else "memory"
+    before = (
+        "it had said that the version is to be published"
+        if update.phase is Phase.DECIDE
+        else f"the engine had its {what}"
+    )
+    message = f"update {update.id!r}: rank {rank} cancelled its call, or died, before {before}"
     if update.num_posted == 0:
         message += f"; {UNTOUCHED}"
     return UpdateConflict(Reason.UPDATE_ABORTED, message, updateId=update.id, rank=rank)
@@ -96,7 +102,8 @@ def unsupported_engine(url: str, why: str) -> UnsuitableEngine:
 def in_progress(current: Update, header: Header) -> UpdateConflict:
     """Another update is in hand."""
     message = f"rank {header.rank} sends update {header.update_id!r}, but update {current.id!r} is "
-    message += f"{current.state.name.lower()} and waits for ranks {current.missing()}; every rank must send the same"
+    message += f"{current.state.name.lower()} and waits for ranks [{_listed(current.missing())}]; every rank must send "
+    message += "the same"
     return UpdateConflict(
         Reason.UPDATE_IN_PROGRESS, message, rank=header.rank, updateId=header.update_id, current=current.id
     )
@@ -188,7 +195,7 @@ def id_reused(update: Update, rank: int) -> RankAlreadyDelivered:
 
 def missing(update: Update, ranks: list[int], what: str, seconds: float) -> DeadlinePassed:
     """A wait for ranks that ended."""
-    names = ", ".join(map(str, ranks))
+    names = _listed(ranks)
     message = f"update {update.id!r}: waited {seconds:.1f} s for rank{'s' if len(ranks) > 1 else ''} {names} {what}"
     if update.num_posted == 0:
         message += f"; {UNTOUCHED}"
@@ -210,6 +217,7 @@ def still_going_on(update: Update) -> DeadlinePassed:
 
 def over_a_group(update_id: str, rank: int, call: str) -> InvalidRequest:
     """A call for memory, in an update whose bytes are broadcast, or one that is in two phases in a call for one."""
+    update_id = update_id[:MAX_TEXT]
     message = f"rank {rank}: {call} does not suit update {update_id!r}, which comes over a group or in two phases; "
     message += "call BeginUpdate, PrepareUpdate, CommitUpdate and, in two phases, PublishUpdate"
     return InvalidRequest(Reason.INVALID_HEADER, message, rank=rank, updateId=update_id)
@@ -231,10 +239,10 @@ def not_ready_to_publish(update: Update, rank: int) -> InvalidRequest:
     return InvalidRequest(Reason.NOT_PREPARED, message, rank=rank, updateId=update.id)
 
 
-def cannot_decide_unpaused(header: Header) -> UnsuitableEngine:
-    """A version that is held back while generation goes on with its weights."""
-    message = f"rank {header.rank}: in two phases weights wait for their version, which needs a pause; choose another "
-    message += "pause mode than none, or leave two_phase out"
+def cannot_wait_unpaused(header: Header) -> UnsuitableEngine:
+    """Weights that are waited for, or that wait for their version, while generation goes on."""
+    message = f"rank {header.rank}: an update over a group or in two phases waits for its trainer with the engine made "
+    message += "ready, which needs a pause; choose another pause mode than none"
     return UnsuitableEngine(Reason.PAUSE_MODE_UNSUITABLE, message, rank=header.rank, updateId=header.update_id)
 
 
@@ -361,7 +369,13 @@ def defect(update: Update, bug: Exception) -> UpdateFailed:
     return UpdateFailed(Reason.UPDATE_FAILED, message, updateId=update.id, numPosted=update.num_posted)
 
 
-def _one_line(text: str) -> str:
-    """A rank's own words, so that they stay one sentence among others."""
-    words = " ".join(text[: 2 * MAX_REASON].split())[:MAX_REASON]
+def own_words(text: str) -> str:
+    """A caller's own words, so that they stay one sentence among others."""
+    words = " ".join(text[: 2 * MAX_REASON].split())[:MAX_REASON] or "no reason given"
     return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in words)
+
+
+def _listed(numbers: list[int]) -> str:
+    """Ranks or buckets, of which there may be thousands."""
+    shown = ", ".join(map(str, numbers[:MAX_LISTED]))
+    return f"{shown} and {len(numbers) - MAX_LISTED} more" if len(numbers) > MAX_LISTED else shown

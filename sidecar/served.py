@@ -13,7 +13,7 @@ between.
 """
 
 import logging
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sidecar import refusals
 from sidecar.engine.info import EngineInfo
@@ -36,6 +36,14 @@ class Engine(Protocol):
         """Counts its lives; 0 until it was seen."""
 
 
+class _Fence(NamedTuple):
+    """Why a life of the engine is out of service, and whether its generation is held as well."""
+
+    epoch: int
+    why: str
+    held: bool
+
+
 class ServedWeights:
     """The engine's weights, over its lives."""
 
@@ -50,7 +58,7 @@ class ServedWeights:
         """What a predecessor has left this very engine in the middle of, until that was dealt with."""
         # The first server that is seen serves what its operator started it with, as a rule.
         self._in_step_epoch = 0 if require_update else 1
-        self._fence: tuple[int, str] | None = None
+        self._fence: _Fence | None = None
         self._failure: tuple[int, SyncError] | None = None
 
     @property
@@ -63,11 +71,18 @@ class ServedWeights:
     @property
     def fenced(self) -> str:
         """Why the engine is out of service, if it is."""
-        return self._fence[1] if self._fence and self._fence[0] == self._engine.epoch else ""
+        return self._fence.why if self._fence and self._fence.epoch == self._engine.epoch else ""
 
-    def fence(self, why: str) -> None:
-        """Out of service until a complete update."""
-        self._fence = (self._engine.epoch, why)
+    def fence(self, why: str, *, held: bool = False) -> None:
+        """Out of service until a complete update; ``held``: and no generation before that."""
+        logger.warning("the engine is out of service until a complete update: %s", why)
+        self._fence = _Fence(self._engine.epoch, why, held or self.stays_held)
+
+    @property
+    def stays_held(self) -> bool:
+        """Whether generation must not go on before a complete update."""
+        fence = self._fence
+        return self.dirty is not None or (fence is not None and fence.held and fence.epoch == self._engine.epoch)
 
     @property
     def unsynced(self) -> bool:
@@ -105,7 +120,7 @@ class ServedWeights:
             weight_version=update.header.weight_version,
             engine_seed=info.seed if info else "",
             engine_process=info.process if info else "",
-            written=writing or self.dirty is not None,
+            written=writing or self.stays_held,
         )
         try:
             self._journal.begin(entry)

@@ -36,8 +36,11 @@ from sidecar.manifest_check import Allowance
 from sidecar.memory import Memory, Placement
 
 MAX_TEXT = 128
+MAX_RANKS = 4096
+"""Of a trainer over a group; each is waited for, and listed where it is missing."""
 MUST_BE_EQUAL = (
     "weight_version",
+    "tp_size",
     "pause_mode",
     "selector",
     "verify",
@@ -179,6 +182,9 @@ class Header:
             raise UnsuitableEngine(
                 Reason.TP_SIZE_MISMATCH, message, rank=self.rank, tpSize=self.tp_size, engineTpSize=engine_tp_size
             )
+        if self.tp_size > MAX_RANKS:
+            message = f"rank {self.rank}: {self.tp_size} ranks take part; at most {MAX_RANKS} may, and rank 0 is enough"
+            raise InvalidRequest(Reason.RANK_OUT_OF_RANGE, message, rank=self.rank, tpSize=self.tp_size)
         if not 0 <= self.rank < self.tp_size:
             message = f"rank {self.rank} is outside 0..{self.tp_size - 1}; number the ranks as the engine does"
             raise InvalidRequest(Reason.RANK_OUT_OF_RANGE, message, rank=self.rank, tpSize=self.tp_size)
@@ -218,6 +224,8 @@ class Update:
     """Ranks that the engine's experts are spread over."""
     model_path: str | None = None
     """For a disk update, whose manifest is empty: the folder that the engine loads."""
+    engine_tp_size: int = 0
+    """The engine's own TP ranks, where they are not those that send; 0: they are."""
     started: float = 0.0
     """On the coordinator's clock."""
     state: UpdateState = UpdateState.COLLECTING
@@ -275,6 +283,11 @@ class Update:
     def num_buckets(self) -> int:
         """How many POSTs it takes."""
         return len(self.manifest.buckets)
+
+    @property
+    def num_engine_ranks(self) -> int:
+        """How many TP ranks load it."""
+        return self.engine_tp_size or self.header.tp_size
 
     @property
     def transport(self) -> Transport:
@@ -371,7 +384,7 @@ class Update:
             return self.unready()
         if self.num_posted < self.num_buckets:
             return self.waiting_for(self.num_posted)
-        return self.uncommitted() or self.unpublished()
+        return self.uncommitted() or (self.unpublished() if self.phase is Phase.DECIDE else [])
 
     def needs(self, rank: int) -> bool:
         """Whether the update does not get through without ``rank``, which has said all that it will say by now."""

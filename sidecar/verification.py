@@ -48,8 +48,8 @@ class Verifier:
         return Verification.CONSISTENT if before is None else Verification.PROVEN
 
     def _check_names(self, update: Update, ranks: Checksums) -> None:
-        if len(ranks) != update.header.tp_size:
-            raise _differ(update, f"{len(ranks)} ranks of {update.header.tp_size} answered", [])
+        if len(ranks) != update.num_engine_ranks:
+            raise _differ(update, f"{len(ranks)} ranks of {update.num_engine_ranks} answered", [])
         for rank, checksums in enumerate(ranks):
             if odd := sorted(checksums.keys() ^ ranks[0].keys()):
                 raise _differ(update, f"ranks 0 and {rank} do not hold the same tensors", odd)
@@ -78,7 +78,7 @@ class Verifier:
 def _content(update: Update) -> tuple[str, ...]:
     """What makes two updates of one content comparable: the digest, the models meant, and what was sent."""
     header = update.header
-    return header.content_digest, header.selector or "", str(header.tp_size), update.digest
+    return header.content_digest, header.selector or "", str(update.num_engine_ranks), update.digest
 
 
 def _check_same_content(update: Update, before: Checksums, ranks: Checksums) -> None:

@@ -34,6 +34,7 @@ class EngineConfig:
         args: Further arguments of `sglang.launch_server`.
         env: Variables to set, or to unset where the value is None.
         pythonpath: Folders to put first on PYTHONPATH.
+        prefix: What the command is started through, such as `numactl --cpunodebind 0` or `ip netns exec NAME`.
         replay: Whether it gets the replay loader (`adapter.loader`), which the sidecar then uses.
         serves_http: Whether it answers requests; of a server of several nodes, only the first does.
         ready_timeout_s: How long the start may take.
@@ -48,6 +49,7 @@ class EngineConfig:
     args: tuple[str, ...] = ()
     env: Mapping[str, str | None] = field(default_factory=dict)
     pythonpath: tuple[Path, ...] = ()
+    prefix: tuple[str, ...] = ()
     replay: bool = True
     serves_http: bool = True
     ready_timeout_s: float = 180.0
@@ -58,7 +60,7 @@ class EngineConfig:
         fixed = ["--model-path", str(self.model_path), "--tp", str(self.tp_size)]
         address = ["--host", self.host, "--port", str(port)]
         loader = [CUSTOM_LOADER, REPLAY_LOADER] if self.replay and CUSTOM_LOADER not in self.args else []
-        return [sys.executable, "-m", "sglang.launch_server", *fixed, *address, *loader, *self.args]
+        return [*self.prefix, sys.executable, "-m", "sglang.launch_server", *fixed, *address, *loader, *self.args]
 
     def environment(self) -> dict[str, str | None]:
         """`env` with the PYTHONPATH that `pythonpath` asks for."""

@@ -24,6 +24,7 @@ class SidecarConfig:
         listen: `unix:/path.sock` or `host:port`.
         log_path: Where its output goes.
         args: Further arguments of `sidecar serve`.
+        prefix: What the command is started through.
         ready_timeout_s: How long the start may take.
         grace_s: How long its orderly end may take.
         credentials: For a sidecar whose arguments ask for TLS.
@@ -33,6 +34,7 @@ class SidecarConfig:
     listen: str
     log_path: Path
     args: tuple[str, ...] = ()
+    prefix: tuple[str, ...] = ()
     ready_timeout_s: float = 30.0
     grace_s: float = 10.0
     credentials: Credentials = NO_CREDENTIALS
@@ -40,7 +42,7 @@ class SidecarConfig:
     def command(self) -> list[str]:
         """The command line."""
         where = ["--engine-url", self.engine_url, "--listen", self.listen]
-        return [sys.executable, "-m", "sidecar", "serve", *where, *self.args]
+        return [*self.prefix, sys.executable, "-m", "sidecar", "serve", *where, *self.args]
 
 
 class SidecarProcess(Started):
