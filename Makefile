@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install engines fmt lint types proto proto-check proto-baseline demo docs test test-fast fuzz deploy-check audit faults soak test-gpu bench bench-gpu check clean
+.PHONY: help install engines fmt lint types proto proto-check proto-baseline demo docs test test-fast fuzz deploy-check audit faults soak fleet test-gpu bench bench-gpu check clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,10 +79,10 @@ demo: install  ## a real server, the sidecar and two trainer processes, on the C
 	sglang-weight-sync demo
 
 test: install engines  ## every test that needs no GPU, with real servers on the CPU
-	pytest tests -m "not gpu and not faults and not soak"
+	pytest tests -m "not gpu and not faults and not soak and not fleet"
 
 test-fast: install  ## without the real servers
-	pytest tests -m "not gpu and not e2e and not faults and not soak" --ignore=tests/e2e
+	pytest tests -m "not gpu and not e2e and not faults and not soak and not fleet" --ignore=tests/e2e
 
 fuzz: install  ## a million hostile requests, and payloads read by SGLang's own unpickler (20 minutes)
 	python -m tests.fuzz --requests 1000000 --seed 1 --processes 2
@@ -97,14 +97,18 @@ faults: install engines  ## every cell of the fault matrix, and 10,000 random sc
 soak: install  ## a thousand updates with a fault every twenty, on a real server under traffic
 	pytest tests/soak -s
 
+fleet: install  ## three real servers, each in a network of its own, under traffic: 50 updates, then every fault (root)
+	pytest tests/fleet -s
+
 test-gpu: install  ## on a machine with CUDA devices
 	pytest tests/gpu -m gpu
 
-bench: install  ## this against its peers on the CPU: tiny models on a real server, control, manifests (5 minutes)
+bench: install  ## this against its peers on the CPU: tiny models on a real server, control, manifests, fleets (9 minutes)
 	python -m benchmarks sync --model dense-tiny --out $(BENCH_OUT)
 	python -m benchmarks sync --model moe-tiny --out $(BENCH_OUT)
 	python -m benchmarks control --out $(BENCH_OUT)
 	python -m benchmarks manifest --out $(BENCH_OUT)
+	python -m benchmarks fleet --out $(BENCH_OUT)
 	python -m benchmarks check $(BENCH_OUT) || true
 
 bench-gpu: install  ## the same on a GPU machine: MODEL=dense-8b, moe-12l or moe-48l, TP=1 or 2

@@ -5,13 +5,19 @@ here is bounded; and a group that broke is never used again. Facts borrowed: SGL
 ``_new_process_group_helper`` with a ``PrefixStore`` of the group's name (0.5.15.post1 to 0.5.23,
 srt/utils/common.py ``init_custom_process_group``), so the same is done here, or the keys of the two would not meet.
 With gloo, dropping the group closes its connections, which ends what the others wait for; an operation that is under
-way keeps them open until it ends or times out (run with torch 2.14). NCCL's is aborted.
+way keeps them open until it ends or times out (run with torch 2.14). NCCL makes its connections in the first broadcast,
+inside a call that nothing ends if a peer has failed meanwhile (run with torch 2.11 and NCCL 2.28 on two GPUs): so all
+broadcasts are begun by a thread of the group's own, which is left behind if need be.
 """
 
+from __future__ import annotations
+
 import logging
+import os
+import queue
 import threading
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
@@ -28,24 +34,44 @@ from adapter.errors import GroupBroken
 
 logger = logging.getLogger(__name__)
 
+# Both ends of a connection must agree on it, and SGLang sets it for its processes (0.5.15.post1 to 0.5.23,
+# srt/entrypoints/engine.py). Read by NCCL once per process: one that has used NCCL before must have it from the start.
+AS_SGLANG_DOES = "NCCL_CUMEM_ENABLE", "0"
 POLL_S = 0.0005
 CLOSE_PATIENCE_S = 5.0
 
 
-@dataclass(slots=True)
 class Sent:
     """One broadcast under way; keeps its memory."""
 
-    flat: torch.Tensor
-    _work: dist.Work
+    def __init__(self, flat: torch.Tensor) -> None:
+        self.flat = flat
+        self._stream = torch.cuda.current_stream(flat.device) if flat.is_cuda else None
+        self._begun = threading.Event()
+        self._work: dist.Work | None = None
+        self._problem: RuntimeError | None = None
+
+    def begin(self, group: dist.ProcessGroup) -> None:
+        """Send, behind what the thread that made this had asked its GPU to do by then."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        try:
+            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                self._work = group.broadcast([self.flat], options)
+        except RuntimeError as error:  # torch.distributed's errors are some
+            self._problem = error
+        self._begun.set()
 
     def done(self) -> bool:
         """Whether every receiver has it, or it failed."""
-        return bool(self._work.is_completed())
+        return self._begun.is_set() and (self._work is None or bool(self._work.is_completed()))
 
     def check(self) -> None:
         """Raise ``GroupBroken`` if it failed; called once it is done."""
         try:
+            if self._problem is not None:
+                raise self._problem
+            assert self._work is not None, "it is done"
             self._work.wait()
         except RuntimeError as error:
             raise GroupBroken(f"a receiver of the broadcast is gone: {_first_line(error)}") from error
@@ -67,46 +93,57 @@ class BroadcastGroup:
         self._store: Any = store
         self.port = int(self._store.port)
         self._group: dist.ProcessGroup | None = None
+        self._to_begin: queue.SimpleQueue[Sent | None] = queue.SimpleQueue()
 
     def join(self) -> None:
         """Return once all members have joined; raises ``GroupBroken``."""
+        if self.backend == "nccl":
+            os.environ.setdefault(*AS_SGLANG_DOES)
         try:
-            group, _ = _new_process_group_helper(
-                self.world_size,
-                0,
-                [],
-                Backend(self.backend),
-                PrefixStore(self.name, self._store),
-                group_name=cast("Any", self.name),  # newer torch has a type of its own for it
-                timeout=self._timeout,
-            )
+            self._group = join_group(self._store, self.name, 0, self.world_size, self.backend, self._timeout)
         except RuntimeError as error:  # torch.distributed's errors are some
             raise GroupBroken(f"not all members joined group {self.name}: {_first_line(error)}") from error
-        assert isinstance(group, dist.ProcessGroup), "this process is a member"
-        _world.pg_group_ranks[group] = {rank: rank for rank in range(self.world_size)}  # for destroy_process_group
-        self._group = group
+        threading.Thread(
+            target=_begin_all, args=(self._group, self._to_begin), name=f"broadcast {self.name}", daemon=True
+        ).start()
 
     def broadcast(self, flat: torch.Tensor) -> Sent:
         """Begin to send ``flat`` (contiguous) from here to all others, in the order of the calls."""
         assert self._group is not None, "it is joined first"
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        try:
-            return Sent(flat, self._group.broadcast([flat], options))
-        except RuntimeError as error:
-            raise GroupBroken(f"the broadcast cannot begin: {_first_line(error)}") from error
+        sent = Sent(flat)
+        self._to_begin.put(sent)
+        return sent
 
     def close(self) -> None:
         """Close the connections and the store; what is under way is left to a thread of its own, which it ends with."""
         group, store, self._group, self._store = self._group, self._store, None, None
         if store is None:
             return
-        if group is not None and self.backend == "nccl":
-            group.abort()
-        closing = threading.Thread(target=_close, args=(group, store), name=f"close {self.name}", daemon=True)
+        self._to_begin.put(None)
+        arguments = (group, store, self.backend == "nccl")
+        closing = threading.Thread(target=_close, args=arguments, name=f"close {self.name}", daemon=True)
+        del arguments
         del group, store
         closing.start()
         closing.join(CLOSE_PATIENCE_S)
+
+
+def join_group(
+    store: Any, name: str, rank: int, world_size: int, backend: str, timeout: timedelta
+) -> dist.ProcessGroup:
+    """Become ``rank`` of the group, as SGLang's ranks do; raises ``RuntimeError``."""
+    group, _ = _new_process_group_helper(
+        world_size,
+        rank,
+        [],
+        Backend(backend),
+        PrefixStore(name, store),
+        group_name=cast("Any", name),  # newer torch has a type of its own for it
+        timeout=timeout,
+    )
+    assert isinstance(group, dist.ProcessGroup), "this process is a member"
+    _world.pg_group_ranks[group] = {member: member for member in range(world_size)}  # for destroy_process_group
+    return group
 
 
 def wait_all(sent: list[Sent], give_up: float) -> None:
@@ -119,8 +156,15 @@ def wait_all(sent: list[Sent], give_up: float) -> None:
         one.check()
 
 
-def _close(group: dist.ProcessGroup | None, store: Any) -> None:
+def _begin_all(group: dist.ProcessGroup, to_begin: queue.SimpleQueue[Sent | None]) -> None:
+    while (sent := to_begin.get()) is not None:
+        sent.begin(group)
+
+
+def _close(group: dist.ProcessGroup | None, store: Any, must_abort: bool) -> None:
     try:
+        if group is not None and must_abort:
+            group.abort()
         if group is not None:
             dist.destroy_process_group(group)
     except (RuntimeError, ValueError, KeyError) as error:  # it is dropped in any case

@@ -37,13 +37,13 @@ def check_suits_engine(header: Header, info: EngineInfo, num_buckets: int) -> No
 def check_version(header: Header, served: str, *, committed: bool, dirty: bool) -> None:
     """Versions are unique in an engine's life, and increase where they are decimal numbers.
 
-    ``committed``: it was served in this life. ``dirty``: the engine may carry a version whose update broke off after
-    that was set, which may be sent again.
+    ``committed``: it was served in this life. ``dirty``: the engine holds weights of no one version, or is out of
+    service: the version that it carries may be sent again, to heal it.
     """
     new = header.weight_version
     backwards = new.isdecimal() and served.isdecimal() and int(new) <= int(served)
     again = dirty and new == served
-    if committed or (not again and (new == served or backwards)):
+    if not again and (committed or new == served or backwards):
         raise refusals.version_not_new(header, served)
 
 

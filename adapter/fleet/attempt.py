@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -24,11 +24,11 @@ import grpc
 from adapter import wire
 from adapter.bucketed import in_words
 from adapter.errors import GroupBroken, UpdateFailed, WeightSyncError
-from adapter.fleet.group import Group
+from adapter.fleet.group import Group, Sending
 from adapter.fleet.member import Answers, Asking, Member, ask, left, metadata
 from adapter.known_manifest import MANIFEST_UNKNOWN
 from adapter.planner import Plan
-from adapter.process_group import POLL_S, Sent
+from adapter.process_group import POLL_S
 from adapter.recent import Recent
 from adapter.staging import FilledBuckets, Region
 from sidecar.v1 import weight_sync_pb2 as pb
@@ -85,14 +85,16 @@ class Attempt:
         self._needed = needed
         self._patience_s = patience_s
         self._give_up = give_up
-        self._in_full: pb.Manifest | None = None
+        self._openings: dict[str | None, pb.BeginUpdateRequest] = {}
+        """By digest; None: in full."""
         self._try = Try()
 
     def run(self, fill: Callable[[], FilledBuckets[Region]]) -> Try:
         """Do all of it. Raises what ``fill`` and the buckets raise; then nothing was published."""
-        with self._step("begin"):
-            begun = self._begin()
-        with self._held(begun.good):
+        with ExitStack() as held:
+            with self._step("begin"):
+                begun = self._begin()
+                held.callback(self._hold(begun.good).cancel)
             if not self._all_are_there(begun, begun.good):
                 return self._try
             with self._step("prepare"):
@@ -124,15 +126,20 @@ class Attempt:
         return answers
 
     def _beginning(self, member: Member) -> grpc.Future[pb.BeginUpdateResponse]:
-        request = pb.BeginUpdateRequest(update=self._header, manifest=self._reference(member))
+        request = self._opening(member)
         return member.stub.rpc.BeginUpdate.future(request, timeout=self._step_s(), metadata=metadata())
 
-    def _reference(self, member: Member) -> pb.ManifestReference:
+    def _opening(self, member: Member) -> pb.BeginUpdateRequest:
+        """One message for all members that know as much: a manifest in full is long, and not copied for each."""
         digest = self._digests.find(self._plan)
-        if digest in member.knows:
-            return pb.ManifestReference(digest=digest)
-        self._in_full = self._in_full or wire.manifest(self._plan)
-        return pb.ManifestReference(manifest=self._in_full)
+        known = digest if digest in member.knows else None
+        if known not in self._openings:
+            reference = pb.ManifestReference(digest=known) if known else self._in_full()
+            self._openings[known] = pb.BeginUpdateRequest(update=self._header, manifest=reference)
+        return self._openings[known]
+
+    def _in_full(self) -> pb.ManifestReference:
+        return pb.ManifestReference(manifest=wire.manifest(self._plan))
 
     def _preparing(self, member: Member) -> grpc.Future[pb.PrepareUpdateResponse]:
         request = pb.PrepareUpdateRequest(update_id=self._header.update_id)
@@ -172,7 +179,7 @@ class Attempt:
         return member.stub.rpc.CommitUpdate.future(request, timeout=left(self._give_up), metadata=metadata())
 
     def _send_all(self, buckets: FilledBuckets[Region], committing: Asking[pb.CommitUpdateResponse]) -> None:
-        in_flight: deque[Sent] = deque()
+        in_flight: deque[Sending] = deque()
         for number, bucket in enumerate(self._plan.buckets):
             if len(in_flight) == buckets.depth:
                 self._finish(in_flight.popleft(), committing)
@@ -183,7 +190,7 @@ class Attempt:
         buckets.expect_end()
         buckets.check_sources()
 
-    def _finish(self, sent: Sent, committing: Asking[pb.CommitUpdateResponse]) -> None:
+    def _finish(self, sent: Sending, committing: Asking[pb.CommitUpdateResponse]) -> None:
         looked = time.monotonic()
         while not sent.done():
             now = time.monotonic()
@@ -220,16 +227,11 @@ class Attempt:
         request = pb.AbortUpdateRequest(update_id=self._header.update_id, reason=why[:MAX_REASON])
         ask(members, lambda member: member.stub.rpc.AbortUpdate.future(request, timeout=ABORT_S)).answers()
 
-    @contextmanager
-    def _held(self, members: Iterable[Member]) -> Iterator[None]:
+    def _hold(self, members: Iterable[Member]) -> Asking[pb.HoldUpdateResponse]:
         """Calls that stay open, so that the sidecars notice the death of this process at once."""
         request = pb.HoldUpdateRequest(update_id=self._header.update_id)
         seconds = left(self._give_up) + PUBLISH_S
-        holding = ask(members, lambda member: member.stub.rpc.HoldUpdate.future(request, timeout=seconds))
-        try:
-            yield
-        finally:
-            holding.cancel()
+        return ask(members, lambda member: member.stub.rpc.HoldUpdate.future(request, timeout=seconds))
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:

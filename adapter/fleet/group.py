@@ -22,7 +22,7 @@ import torch
 
 from adapter.errors import GroupBroken, WeightSyncError
 from adapter.fleet.member import Asking, Member, ask, left, metadata
-from adapter.process_group import BroadcastGroup, Sent
+from adapter.process_group import BroadcastGroup
 from sidecar.v1 import weight_sync_pb2 as pb
 
 POLL_S = 0.005
@@ -31,6 +31,16 @@ DISCARD_PORT = 9
 NCCL, GLOO = "nccl", "gloo"
 
 Joining: TypeAlias = "grpc.Future[pb.InitWeightsUpdateGroupResponse]"
+
+
+class Sending(Protocol):
+    """A broadcast under way: ``adapter.process_group.Sent``."""
+
+    def done(self) -> bool:
+        """Whether every receiver has it, or it failed."""
+
+    def check(self) -> None:
+        """Raise ``GroupBroken`` if it failed; called once it is done."""
 
 
 class Group(Protocol):
@@ -43,7 +53,7 @@ class Group(Protocol):
     def join(self) -> None:
         """Return once all members have joined; raises ``GroupBroken``."""
 
-    def broadcast(self, flat: torch.Tensor) -> Sent:
+    def broadcast(self, flat: torch.Tensor) -> Sending:
         """Begin to send."""
 
     def close(self) -> None:
