@@ -1,4 +1,4 @@
-"""``python -m benchmarks sync | control | manifest | report | plot | check``.
+"""``python -m benchmarks sync | control | manifest | broadcast | fleet | report | plot | check``.
 
 Exit codes: 0; 1 where ``check`` finds a target missed, or a benchmark could not be run; 2 for wrong usage.
 """
@@ -37,7 +37,20 @@ def _parser() -> argparse.ArgumentParser:
     manifest = commands.add_parser("manifest", help="the first update of a large manifest; on the CPU")
     manifest.add_argument("--tensors", type=int, default=20000)
     manifest.set_defaults(run=_manifest)
-    for command in (control, manifest):
+    broadcast = commands.add_parser("broadcast", help="over torch.distributed, against a bare broadcast")
+    broadcast.add_argument("--model", choices=MODELS, required=True)
+    broadcast.add_argument("--tp", type=int, default=1)
+    broadcast.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    broadcast.add_argument("--bucket-bytes", default="1073741824,4294967296", help="sizes, with commas between")
+    broadcast.set_defaults(run=_broadcast)
+    fleet = commands.add_parser("fleet", help="the control of a fleet's update, by the number of engines; on the CPU")
+    fleet.add_argument("--engines", default="1,4,16,64,256", help="with commas between (default 1,4,16,64,256)")
+    slow_help = (
+        "rows with a slow engine: among how many, and milliseconds of each of its loads (default 16:100,256:2000)"
+    )
+    fleet.add_argument("--slow", default="16:100,256:2000", help=slow_help)
+    fleet.set_defaults(run=_fleet)
+    for command in (control, manifest, broadcast, fleet):
         command.add_argument("--out", type=Path, default=Path("bench"), help="folder for samples (default ./bench)")
         command.add_argument("--repeats", type=int, default=7)
     for name, help_, run in (
@@ -97,6 +110,37 @@ def _manifest(options: argparse.Namespace) -> int:
     from benchmarks.manifest import run
 
     run(options.tensors, options.out, options.repeats)
+    return 0
+
+
+def _broadcast(options: argparse.Namespace) -> int:
+    from benchmarks.broadcast import Options, run
+
+    run(
+        Options(
+            model=options.model,
+            tp_size=options.tp,
+            device=options.device,
+            bucket_bytes=tuple(_numbers(options.bucket_bytes)),
+            out=options.out / f"broadcast-{options.model}-tp{options.tp}",
+            repeats=options.repeats,
+        )
+    )
+    return 0
+
+
+def _fleet(options: argparse.Namespace) -> int:
+    from benchmarks.fleet.run import Options, run
+
+    slow = [pair.split(":") for pair in options.slow.split(",") if pair]
+    run(
+        Options(
+            engines=tuple(_numbers(options.engines)),
+            out=options.out,
+            repeats=options.repeats,
+            slow={int(among): float(slow_ms) for among, slow_ms in slow},
+        )
+    )
     return 0
 
 

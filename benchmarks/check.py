@@ -118,6 +118,17 @@ def _largest(benchmark: str, way: str, count: str) -> Callable[[Run], float | No
     return figure
 
 
+def _fleet_growth(count: str = "") -> Callable[[Run], float | None]:
+    """One engine's share of the whole, or of a count, among 256 of them against among 16."""
+
+    def share(run: Run, engines: int) -> float | None:
+        samples = run.of("update", f"{engines} engines", "fleet")
+        found = [sample.counts[count] if count else sample.seconds for sample in samples]
+        return median(found) / engines if found else None
+
+    return _ratio(lambda run: share(run, 256), lambda run: share(run, 16))
+
+
 def _request_bytes(run: Run) -> float | None:
     counts = [line["grpc_request"] for line in run.bytes if "grpc_request" in line]
     return float(max(counts)) if counts else None
@@ -157,6 +168,9 @@ def _targets() -> Iterator[Target]:
     for subject in ("20000 tensors, 1 ranks", "20000 tensors, 2 ranks"):
         composed = _milliseconds(_seconds_of("manifest", subject, "collect_and_compose"))
         yield Target(f"{subject}: collect and compose", _always, composed, 500, "ms")
+    yield Target("fleet's control, one engine of 256 / of 16", _always, _fleet_growth(), 1.5, "x")
+    trainer = _fleet_growth("trainer_cpu_us")
+    yield Target("fleet's control, trainer's CPU, one engine of 256 / of 16", _always, trainer, 1.5, "x")
 
 
 TARGETS = tuple(_targets())

@@ -28,8 +28,18 @@ def _parts(run: Run) -> list[str]:
         by_benchmark.setdefault(sample.benchmark, []).append(sample)
     parts = [f"## {run.folder.name}", _machine(run)]
     for benchmark, samples in by_benchmark.items():
-        parts += _sync(run, samples) if benchmark == "sync" else _plain(benchmark, samples)
+        parts += _of_one(benchmark, run, samples)
     return [*parts, _failures(run)]
+
+
+def _of_one(benchmark: str, run: Run, samples: Sequence[Sample]) -> list[str]:
+    if benchmark == "sync":
+        return _sync(run, samples)
+    if benchmark == "fleet":
+        from benchmarks.fleet import table as fleet
+
+        return [f"### {benchmark}", fleet.text(run)]
+    return _plain(benchmark, samples)
 
 
 def by_way(samples: Iterable[Sample]) -> dict[str, list[Sample]]:

@@ -19,7 +19,7 @@ class Sample:
     """One repeat of one way."""
 
     benchmark: str
-    """"sync", "control" or "manifest"."""
+    """"sync", "control", "manifest", "broadcast" or "fleet"."""
     subject: str
     """What it was measured on: a model, or a number of ranks or tensors."""
     tp: int
@@ -32,6 +32,8 @@ class Sample:
     """Bytes on each hop, POSTs."""
     path: str = ""
     """How the engine loaded it: stock, recorded, proven, replayed, fell_back; empty where that is not told."""
+    slowest: str = ""
+    """Of many engines: who was waited for longest, in the fleet's words."""
     warm_up: bool = False
 
 

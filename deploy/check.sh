@@ -53,10 +53,12 @@ else
 fi
 
 if command -v kubectl >/dev/null; then
-  check "kubectl kustomize" kubectl kustomize kubernetes
-  if kubectl kustomize kubernetes >"$work/rendered.yaml" 2>/dev/null && command -v kubernetes-validate >/dev/null; then
-    check "kubernetes-validate of what it renders" kubernetes-validate --strict "$work/rendered.yaml"
-  fi
+  for folder in kubernetes kubernetes/fleet; do
+    check "kubectl kustomize $folder" kubectl kustomize "$folder"
+    if kubectl kustomize "$folder" >"$work/rendered.yaml" 2>/dev/null && command -v kubernetes-validate >/dev/null; then
+      check "kubernetes-validate of what it renders" kubernetes-validate --strict "$work/rendered.yaml"
+    fi
+  done
 else
   not_run "the rendered manifests" kubectl
 fi

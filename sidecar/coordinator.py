@@ -412,7 +412,10 @@ class Coordinator:
             self._membership.check_joined(header.group_name)
         committed = self._updates.committed(header.weight_version, self._engine.epoch)
         admission.check_version(
-            header, self._engine.weight_version, committed=committed, dirty=bool(self._served.dirty)
+            header,
+            self._engine.weight_version,
+            committed=committed,
+            dirty=bool(self._served.dirty or self._served.fenced),
         )
 
     def _new_update(

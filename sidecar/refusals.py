@@ -70,12 +70,10 @@ def aborted_by(update: Update, rank: int, why: str) -> UpdateConflict:
 
 def caller_gone(update: Update, rank: int) -> UpdateConflict:
     """A rank's call ended before its memory was used."""
-    what = "weights" if update.header.group_name else "memory"
-    before = (
-        "it had said that the version is to be published"
-        if update.phase is Phase.DECIDE
-        else f"the engine had its {what}"
-    )
+    what = "broadcast" if update.header.group_name else "memory"
+    before = f"the engine had its {what}"
+    if update.phase is Phase.DECIDE:
+        before = "it had said that the version is to be published"
     message = f"update {update.id!r}: rank {rank} cancelled its call, or died, before {before}"
     if update.num_posted == 0:
         message += f"; {UNTOUCHED}"

@@ -222,10 +222,10 @@ class Update:
     """The life of the engine that it is for."""
     ep_size: int = 1
     """Ranks that the engine's experts are spread over."""
-    model_path: str | None = None
-    """For a disk update, whose manifest is empty: the folder that the engine loads."""
     engine_tp_size: int = 0
     """The engine's own TP ranks, where they are not those that send; 0: they are."""
+    model_path: str | None = None
+    """For a disk update, whose manifest is empty: the folder that the engine loads."""
     started: float = 0.0
     """On the coordinator's clock."""
     state: UpdateState = UpdateState.COLLECTING

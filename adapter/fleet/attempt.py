@@ -34,7 +34,7 @@ from adapter.staging import FilledBuckets, Region
 from sidecar.v1 import weight_sync_pb2 as pb
 
 A = TypeVar("A")
-ABORT_S = 30.0
+ABORT_S = 10.0
 PUBLISH_S = 60.0
 LOOK_EVERY_S = 0.05
 MAX_REASON = 500
@@ -50,6 +50,8 @@ class Try:
     """Whose own fault, or whose link's, the attempt's end was, and whoever was hit by it."""
     untouched: set[Member] = field(default_factory=set)
     """That were let go with what they served before."""
+    decided: bool = False
+    """Whether enough held it, so that it is published, whatever became of single members then."""
     broke: str = ""
     """Why the group cannot be used again."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -70,12 +72,13 @@ class Attempt:
         *,
         needed: int,
         patience_s: float,
+        load_s: float,
         give_up: float,
     ) -> None:
         """Of one update id.
 
         ``needed``: how many members must hold it ready. ``patience_s``: for one to begin, and to make ready.
-        ``give_up``: on the monotonic clock.
+        ``load_s``: for one to load what it has received. ``give_up``: on the monotonic clock.
         """
         self._members = list(members)
         self._group = group
@@ -84,6 +87,7 @@ class Attempt:
         self._digests = digests
         self._needed = needed
         self._patience_s = patience_s
+        self._load_s = load_s
         self._give_up = give_up
         self._openings: dict[str | None, pb.BeginUpdateRequest] = {}
         """By digest; None: in full."""
@@ -169,10 +173,10 @@ class Attempt:
             self._try.broke = in_words(error)
             self._group.close()  # whoever waits for bytes is told by its connection
             self._abort(self._members, in_words(error))
+            committing.cancel()  # of those that could not be told
             if not isinstance(error, WeightSyncError):
-                committing.answers()
                 raise
-        return self._noted("load", committing)
+        return self._noted("load", committing, within_s=self._load_s)
 
     def _committing(self, member: Member) -> grpc.Future[pb.CommitUpdateResponse]:
         request = pb.CommitUpdateRequest(update_id=self._header.update_id)
@@ -212,6 +216,7 @@ class Attempt:
             unpublished = f"it holds the update, which was not published: {_named(ready.failed)} failed"
             self._try.failed.update({member: UpdateFailed(unpublished) for member in ready.good})
             return
+        self._try.decided = True
         published = self._noted("publish", ask(ready.good, self._publishing))
         self._try.failed.update(published.failed)
         self._try.published = {member: answer.outcome for member, answer in published.good.items()}
@@ -241,8 +246,8 @@ class Attempt:
         finally:
             self._try.seconds[name] = time.monotonic() - started
 
-    def _noted(self, step: str, asking: Asking[A]) -> Answers[A]:
-        answers = asking.answers()
+    def _noted(self, step: str, asking: Asking[A], within_s: float | None = None) -> Answers[A]:
+        answers = asking.answers(within_s)
         self._try.waited[step] = answers.seconds
         return answers
 

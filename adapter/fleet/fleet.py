@@ -98,6 +98,7 @@ class Fleet:
         self._planner = Planner(bucket_bytes, (*DEFAULT_RULES, *compile_rules(fused_groups)), dense=True)
         self._regions = PlainRegions(staging_buffers)
         self._patience_s = patience
+        self._transfer_s = transfer_timeout
         self._group = FleetGroup(address, patience, transfer_timeout, make_group)
         self._digests = Recent[Plan, str]()
         self._members: dict[str, Member] = {}
@@ -225,7 +226,7 @@ class Fleet:
         try:
             look = look or self._look(self._present())
             story = Story(look.failed)
-            needed = order.policy.needed(len(look.good) + len(look.failed))
+            needed = max(1, order.policy.needed(len(look.good) + len(look.failed)))
             self._try_until_enough(order, story, list(look.good), needed)
             return self._told(order, story, needed)
         finally:
@@ -235,9 +236,9 @@ class Fleet:
         """Again without those that failed, where the policy can do without them."""
         tries = 1 if order.policy.at_least is None else MAX_TRIES
         while pending and story.attempts < tries and order.filling.can_be_sent:
-            if len(pending) + len(story.published) < needed:
+            if not story.decided and len(pending) < needed:
                 return
-            story.add(self._try(order, story.attempts, pending, max(1, needed - len(story.published))))
+            story.add(self._try(order, story.attempts, pending, 1 if story.decided else needed))
             pending = list(self._look(story.worth_another_try(pending)).good)
 
     def _try(self, order: Order, number: int, members: list[Member], needed: int) -> Try:
@@ -255,6 +256,7 @@ class Fleet:
             self._digests,
             needed=needed,
             patience_s=self._patience_s,
+            load_s=self._transfer_s,
             give_up=order.give_up,
         )
         try:
@@ -269,12 +271,11 @@ class Fleet:
 
     def _told(self, order: Order, story: Story, needed: int) -> FleetResult:
         version = order.header.weight_version
-        enough = len(story.published) >= max(1, needed)
-        if enough:
+        if story.decided:
             self.version = version
             self._fence(story, version)
         engines = story.results()
-        if not enough:
+        if not story.decided:
             errors = {member.target: error for member, error in story.failed.items()}
             raise FleetUpdateFailed(_too_few(version, engines, needed, order.policy), engines, errors)
         sizes = [bucket.num_bytes for bucket in order.filling.plan.buckets]
@@ -349,7 +350,7 @@ class Order:
         header.CopyFrom(self.header)
         header.group_name = group_name
         if number:
-            header.update_id += f" try {number + 1}"
+            header.update_id = f"{header.update_id[:MAX_VERSION_IN_ID]} try {number + 1}"
         return header
 
 

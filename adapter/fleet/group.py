@@ -195,7 +195,11 @@ def address_towards(target: str) -> str:
     host, _, _ = target.rpartition(":")
     if target.startswith("unix:") or not host:
         return "127.0.0.1"
-    family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), DISCARD_PORT, type=socket.SOCK_DGRAM)[0]
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), DISCARD_PORT, type=socket.SOCK_DGRAM)
+    except socket.gaierror as error:
+        raise ValueError(f"{target} shows no way to its host ({error}): say Fleet(address=...), of this one") from error
+    family, kind, protocol, _, address = found[0]
     with socket.socket(family, kind, protocol) as way:
         way.connect(address)  # of a datagram socket: nothing is sent
         return str(way.getsockname()[0])

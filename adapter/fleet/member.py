@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
@@ -16,7 +17,7 @@ import grpc
 
 from adapter import traces
 from adapter.credentials import Credentials
-from adapter.errors import WeightSyncError, from_rpc_error
+from adapter.errors import SidecarUnreachable, WeightSyncError, from_rpc_error
 from adapter.sidecar_stub import SidecarStub
 from sidecar.v1 import weight_sync_pb2 as pb
 
@@ -80,10 +81,13 @@ class Asking(Generic[A]):
             if call.done() and (error := _error(member, call)) is not None
         }
 
-    def answers(self) -> Answers[A]:
-        """Wait for all: each has its deadline."""
+    def answers(self, within_s: float | None = None) -> Answers[A]:
+        """Wait for all: each has its deadline, and those that are open after ``within_s`` are ended."""
         found: Answers[A] = Answers()
+        give_up = None if within_s is None else time.monotonic() + within_s
         for member, call in self._calls.items():
+            if give_up is not None and not _is_done(call, give_up):
+                call.cancel()
             error = _error(member, call)
             if error is None:
                 found.good[member] = call.result()
@@ -113,8 +117,18 @@ def left(give_up: float) -> float:
     return max(AT_LEAST_S, give_up - time.monotonic())
 
 
+def _is_done(call: grpc.Future[A], give_up: float) -> bool:
+    """Whether it is by then."""
+    with suppress(grpc.FutureTimeoutError):
+        call.exception(timeout=left(give_up))
+    return call.done()
+
+
 def _error(member: Member, call: grpc.Future[A]) -> WeightSyncError | None:
-    failure = call.exception()
+    try:
+        failure = call.exception()
+    except grpc.FutureCancelledError:
+        return SidecarUnreachable(f"the sidecar at {member.target} did not answer in time")
     if failure is None:
         return None
     assert isinstance(failure, grpc.RpcError)

@@ -23,12 +23,15 @@ class Story:
     untouched: set[Member] = field(default_factory=set)
     fenced: set[Member] = field(default_factory=set)
     attempts: int = 0
+    decided: bool = False
+    """Whether the version is published."""
     seconds: dict[str, float] = field(default_factory=dict)
     _waited: dict[tuple[Member, str], float] = field(default_factory=dict)
 
     def add(self, one: Try) -> None:
         """Another try has ended."""
         self.attempts += 1
+        self.decided |= one.decided
         self.failed.update(one.failed)
         self.published.update(one.published)
         self.untouched |= one.untouched

@@ -111,7 +111,7 @@ def test_an_engine_that_is_down_makes_the_sidecar_unready_but_not_dead_until_it_
     status = pair.status()
     assert (status.engine.version, status.weight_version) == ("0.5.23", "default")
     assert (status.state, status.engine.epoch) == (pb.SIDECAR_STATE_UNSYNCED, 2)
-    assert "the engine was restarted and serves its checkpoint" in status.reason
+    assert "the engine has started and serves its checkpoint" in status.reason
     assert health(pair, SERVICE) == NOT_SERVING
     assert pair.update("back").state == pb.UPDATE_STATE_COMMITTED
     wait_until(lambda: health(pair, SERVICE) == SERVING)

@@ -24,7 +24,7 @@ from sidecar.errors import (
     EngineUnreachable,
     Reason,
 )
-from sidecar.group import Group
+from sidecar.group import NOT_RECEIVED, Group
 from sidecar.payload import LOAD_FORMAT
 from sidecar.update import PauseMode, Selector
 from tests.fakes import shared_memory
@@ -90,7 +90,7 @@ class RuleKeepingEngine:
 
     def start(self) -> None:
         """A new process."""
-        self.alive, self.paused, self.session = True, False, False
+        self.alive, self.paused, self.session, self.held = True, False, False, False
         self.weights = {}
         self.groups = set()
         self.weight_version = "default"
@@ -174,17 +174,31 @@ class RuleKeepingEngine:
         self.check_generation()
 
     async def receive(self, tensors: Mapping[str, object], group_name: str, selector: Selector) -> None:
-        assert group_name in self.groups, "SGLang up to 0.5.20 dies of a group that it does not know"
-        await self._step(lambda: self._receive(cast("list[str]", tensors["names"])))
+        """One that is refused is so by the first rank, which has received nothing; the others have."""
+        names = cast("list[str]", tensors["names"])
+        refuses = self.planned[:1] == [Failure.REFUSE]
+        try:
+            await self._step(lambda: self._receive(names, group_name, first_rank=0))
+        except EngineRefused as refusal:
+            if not refuses:
+                raise
+            self._receive(names, group_name, first_rank=1)
+            raise EngineRefused(Reason.ENGINE_REFUSED, NOT_RECEIVED) from refusal
 
-    def _receive(self, names: list[str]) -> None:
+    def _receive(self, names: list[str], group_name: str, first_rank: int) -> None:
+        assert group_name in self.groups, "SGLang up to 0.5.20 dies of a group that it does not know"
         if self.uses_sessions and not self.session:
             raise EngineRefused(Reason.ENGINE_REFUSED, "must run between begin and end")
         assert self.paused, "weights written under running generation"
-        self.weights.update(dict.fromkeys(names, self.broadcasts))
+        for rank in range(first_rank, self.tp_size):
+            self.weights.update({f"rank {rank} {name}": self.broadcasts for name in names})
 
     async def join_group(self, group: Group) -> None:
-        await self._step(lambda: self.groups.add(group.name))
+        await self._step(lambda: self._join(group.name))
+
+    def _join(self, name: str) -> None:
+        assert name not in self.groups, "SGLang refuses a name that is taken"
+        self.groups.add(name)
 
     async def leave_group(self, name: str) -> bool:
         await self._step(lambda: self.groups.discard(name))
@@ -246,7 +260,7 @@ class RuleKeepingEngine:
         await self._step(self._resume)
 
     def _resume(self) -> None:
-        self.paused = False
+        self.paused = self.held = False
         self.check_generation()
 
     def check_generation(self) -> None:

@@ -10,6 +10,7 @@ import socket
 import tempfile
 from collections.abc import Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sidecar.config import Timeouts
 from sidecar.coordinator import Coordinator
 from sidecar.errors import SyncError
-from sidecar.journal import Entry, Journal
+from sidecar.group import Group
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.manifest_store import KnownManifest, ManifestStore
 from sidecar.memory import SharedMemory
@@ -28,6 +29,7 @@ from sidecar.standing import SidecarState
 from sidecar.update import Header, PauseMode, UpdateState
 from tests.fakes import SharedFile
 from tests.model.engine import STEP_S, Failure, RuleKeepingEngine
+from tests.model.journal import MemoryJournal
 from tests.model.virtual_time import VirtualTimeLoop
 
 SCHEDULES = int(os.environ.get("WEIGHT_SYNC_SCHEDULES", "150"))
@@ -51,23 +53,6 @@ def engine_is_down(schedules: "Schedules") -> bool:
     return not schedules.engine.alive
 
 
-class MemoryJournal(Journal):
-    """A journal that outlives a sidecar of the model, but not the schedule."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self._entry: Entry | None = None
-
-    def begin(self, entry: Entry) -> None:
-        self._entry = entry
-
-    def clear(self) -> None:
-        self._entry = None
-
-    def unfinished(self) -> Entry | None:
-        return self._entry
-
-
 class Schedules(RuleBasedStateMachine):
     """Ranks, engine, sidecar and clock."""
 
@@ -85,6 +70,8 @@ class Schedules(RuleBasedStateMachine):
         self.coordinator: Coordinator
         self.engine: RuleKeepingEngine
         self.pause_mode = PauseMode.RETRACT
+        self.group = 0
+        """The last one that was to be joined."""
         self.update = 0
         """What ranks send now; a new one comes after all before."""
 
@@ -119,11 +106,12 @@ class Schedules(RuleBasedStateMachine):
         self.send(rank)
         self.pass_moments(moments)
 
-    @rule(new=st.booleans(), hold=st.booleans())
-    def all_ranks_begin(self, new: bool, hold: bool) -> None:
+    @rule(new=st.booleans(), hold=st.booleans(), two_phase=st.booleans())
+    def all_ranks_begin(self, new: bool, hold: bool, two_phase: bool = False, group_name: str = "") -> None:
         self.choose(new)
         for rank in range(TP_SIZE):
-            self.call(rank, self.coordinator.begin(self.header(rank), self.known))
+            header = self.header(rank, two_phase=two_phase, group_name=group_name)
+            self.call(rank, self.coordinator.begin(header, self.known))
             if hold:
                 self.call(rank, self.coordinator.hold(str(self.update), rank, budget_s=BUDGET_S))
 
@@ -140,9 +128,49 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(moments=moments)
     def all_ranks_commit(self, moments: int) -> None:
+        current = self.coordinator.current
+        if current and current.id == str(self.update) and current.receiving:
+            self.engine.broadcasts = current.id
         for rank in range(TP_SIZE):
             self.call(rank, self.coordinator.commit(str(self.update), rank, budget_s=BUDGET_S))
         self.pass_moments(moments)
+
+    @rule(who=st.sampled_from([[0], [1], [0, 1]]), word=st.sampled_from(["prepare", "publish"]), moments=moments)
+    def ranks_prepare_or_publish(self, who: list[int], word: str, moments: int) -> None:
+        for rank in who:
+            self.call(rank, getattr(self.coordinator, word)(str(self.update), rank, budget_s=BUDGET_S))
+        self.pass_moments(moments)
+
+    @rule(moments=moments)
+    def the_engine_joins_a_group(self, moments: int) -> None:
+        self.group += 1
+        place = {"master_address": "trainer", "master_port": 1, "rank_offset": 1, "world_size": TP_SIZE + 1}
+        group = Group(name=f"group {self.group}", backend="gloo", **place)  # type: ignore[arg-type]
+        self.call(0, self.coordinator.join_group(group))
+        self.pass_moments(moments)
+
+    @rule()
+    def the_engine_leaves_its_group(self) -> None:
+        self.call(0, self.coordinator.leave_group(f"group {self.group}"))
+
+    @rule(way=st.integers(0, 3), hold=st.booleans(), calls=st.integers(2, 4), moments=st.sampled_from([3, 8, 14]))
+    def an_update_goes_some_of_its_way(self, way: int, hold: bool, calls: int, moments: int) -> None:
+        """From memory or over a group, in one phase or two: what the rules above come to one by one all too rarely."""
+        over_a_group, two_phase = way % 2, way >= 2
+        if over_a_group:
+            self.the_engine_joins_a_group(moments)
+        self.all_ranks_begin(True, hold, two_phase, group_name=f"group {self.group}" if over_a_group else "")
+        for bucket in range(0 if over_a_group else self.num_buckets):
+            self.all_ranks_push(bucket, moments)
+        for word in ("prepare", "commit", "publish")[: calls - 1]:
+            if word == "commit":
+                self.all_ranks_commit(moments)
+            else:
+                self.ranks_prepare_or_publish([0, 1], word, moments)
+
+    @rule(pause=st.booleans())
+    def somebody_takes_the_engine_out_of_service(self, pause: bool) -> None:
+        self.call(0, self.coordinator.fence("a whim", pause=pause))
 
     @precondition(in_hand)
     @rule(rank=ranks)
@@ -255,6 +283,7 @@ class Schedules(RuleBasedStateMachine):
             assert update.error is None or "defect" not in update.error.message, update.error.message
             if not update.state.ended:
                 return
+            assert update.state is not UpdateState.COMMITTED or not update.unpublished(), "published without a word"
             for (number, _, bucket), file in self.files.items():
                 if str(number) == update_id and bucket >= max(update.num_posted, update.num_posted_before):
                     assert file.name not in self.engine.opened, "the outcome denies memory that was opened"
@@ -306,7 +335,8 @@ class Schedules(RuleBasedStateMachine):
 
     def start_sidecar(self) -> None:
         async def started() -> Coordinator:
-            timeouts = Timeouts(collect=300.0, bucket=60.0)
+            timeouts = Timeouts(collect=300.0, bucket=60.0, decide=60.0)
+            self.engine.held = self.engine.paused
             coordinator = Coordinator(self.engine, timeouts, journal=self.journal)
             coordinator.engine_changed()
             return coordinator
@@ -336,9 +366,12 @@ class Schedules(RuleBasedStateMachine):
         memory = self.memory(rank, bucket)
         self.call(rank, self.coordinator.push(str(self.update), rank, bucket, memory, budget_s=BUDGET_S))
 
-    def header(self, rank: int) -> Header:
+    def header(self, rank: int, *, two_phase: bool = False, group_name: str = "") -> Header:
         name = str(self.update)
-        return Header(update_id=name, weight_version=name, rank=rank, tp_size=TP_SIZE, pause_mode=self.pause_mode)
+        waits = two_phase or group_name
+        mode = PauseMode.RETRACT if waits and self.pause_mode is PauseMode.NONE else self.pause_mode
+        header = Header(update_id=name, weight_version=name, rank=rank, tp_size=TP_SIZE, pause_mode=mode)
+        return replace(header, two_phase=two_phase, group_name=group_name)
 
     def memory(self, rank: int, bucket: int) -> SharedMemory:
         """The same as before, until it was opened: then the trainer exports anew."""
@@ -347,12 +380,12 @@ class Schedules(RuleBasedStateMachine):
         if file is None or file.name in self.engine.opened:
             file = self.files[place] = SharedFile(bytes(BUCKET_BYTES))
             self.all_files.append(file)
-            self.engine.content_of[file.name] = (str(self.update), f"rank {rank} tensor {bucket}")
+            self.engine.content_of[file.name] = (str(self.update), f"rank {rank} t{bucket}")
         return SharedMemory(self.manager_path, file.name, file.size_bytes)
 
 
 def _manifest(num_buckets: int) -> Manifest:
-    tensors = [TensorSpec(f"t{number}", "float32", (4,), 0, 16) for number in range(num_buckets)]
+    tensors = [TensorSpec(f"t{number}", "float32", (16,), 0, BUCKET_BYTES) for number in range(num_buckets)]
     return Manifest(tuple(BucketSpec(BUCKET_BYTES, (tensor,)) for tensor in tensors))
 
 

@@ -1,4 +1,4 @@
-"""What memory an engine's rank can open, where it runs."""
+"""What an engine can take: memory that its ranks can open where they run, and pauses that suit the update."""
 
 import dataclasses
 import struct
@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from sidecar import admission, memory
+from sidecar.engine.info import parse
 from sidecar.errors import InvalidRequest, Reason, UnsuitableEngine
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.memory import CudaIpcMemory, Placement
+from sidecar.update import Header, PauseMode
 
 FIRST, SECOND = "6b7c1a2e-0d3f-4a5b-8c9d-0e1f2a3b4c50", "6b7c1a2e-0d3f-4a5b-8c9d-0e1f2a3b4c51"
 MANIFEST = Manifest((BucketSpec(64, (TensorSpec("w", "uint8", (64,), 0, 64),)),))
@@ -72,3 +74,24 @@ def test_a_gpu_that_this_host_lacks_is_refused_where_its_gpus_are_known() -> Non
 
 def test_a_gpu_of_another_host_is_not_looked_for_on_this_one() -> None:
     check(SECOND, 1, host_gpus=frozenset({FIRST}), num_here=1)
+
+
+@pytest.mark.parametrize("release", ["0.5.20", "0.5.23"])
+@pytest.mark.parametrize("changes", [{"two_phase": True}, {"group_name": "g"}, {"two_phase": True, "group_name": "g"}])
+def test_an_update_that_waits_for_its_trainer_needs_a_pause(release: str, changes: dict[str, object]) -> None:
+    info = parse({"version": release, "tp_size": 1, "device": "cpu"})
+    for mode in PauseMode:
+        header = Header(
+            update_id="u",
+            weight_version="v",
+            rank=0,
+            tp_size=1,
+            pause_mode=mode,
+            **changes,  # type: ignore[arg-type]
+        )
+        if mode is not PauseMode.NONE:
+            admission.check_suits_engine(header, info, num_buckets=1)
+            continue
+        with pytest.raises(UnsuitableEngine, match="needs a pause; choose another pause mode than none") as raised:
+            admission.check_suits_engine(header, info, num_buckets=1)
+        assert raised.value.reason is Reason.PAUSE_MODE_UNSUITABLE

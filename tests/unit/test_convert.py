@@ -11,7 +11,7 @@ from sidecar.engine.info import parse
 from sidecar.errors import InvalidRequest, Reason, UpdateConflict
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.memory import CudaIpcMemory, SharedMemory
-from sidecar.update import Header, LoadPath, PauseMode, Phase, Update, UpdateState
+from sidecar.update import Header, LoadPath, PauseMode, Phase, Transport, Update, UpdateState
 from sidecar.v1 import weight_sync_pb2 as pb
 
 MANIFEST = Manifest((BucketSpec(64, (TensorSpec("w", "bfloat16", (2, 3), 16, 12),)),))
@@ -152,11 +152,13 @@ def test_an_outcome_leaves_no_field_of_the_protocol_out() -> None:
     assert [field.name for field in fields.field] == [
         "update_id", "weight_version", "state", "manifest_digest", "num_buckets", "num_posted", "waiting_for_ranks",
         "cache_flushed", "phases", "error", "error_reason", "engine_epoch", "num_posted_ever",
-        "verification", "notes", "load_path", "load_reason",
+        "verification", "notes", "load_path", "load_reason", "transport",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("enum", "domain"), [(pb.UpdateState, UpdateState), (pb.Phase, Phase)])
+@pytest.mark.parametrize(
+    ("enum", "domain"), [(pb.UpdateState, UpdateState), (pb.Phase, Phase), (pb.Transport, Transport)]
+)
 def test_the_domains_numbers_are_the_protocols(enum: type, domain: type) -> None:
     names = {member.name: member.value for member in domain}  # type: ignore[attr-defined]
     described = enum.DESCRIPTOR.values[1:]  # type: ignore[attr-defined]
@@ -179,3 +181,25 @@ def test_the_engine_is_described_as_it_was_seen() -> None:
 def test_the_engines_gpus_are_told_as_nvidia_smi_shows_them() -> None:
     info = replace(parse({"version": "0.5.23", "tp_size": 2, "device": "cuda"}), gpu_uuids=("abc", ""))
     assert list(convert.engine_info(info, epoch=1).gpu_uuids) == ["GPU-abc", ""]
+
+
+def test_a_group_is_taken_over_and_told_field_by_field() -> None:
+    message = pb.WeightsUpdateGroup(
+        group_name="g", master_address="trainer", master_port=29500, rank_offset=3, world_size=5, backend="nccl"
+    )
+    group = convert.group(message)
+    assert (group.name, group.master_address, group.master_port) == ("g", "trainer", 29500)
+    assert (group.rank_offset, group.world_size, group.backend) == (3, 5, "nccl")
+    assert convert.group_info(group) == message
+
+
+def test_a_header_over_a_group_in_two_phases_is_taken_over() -> None:
+    header = convert.header(pb.UpdateHeader(group_name="g", two_phase=True))
+    assert (header.group_name, header.two_phase) == ("g", True)
+    assert (convert.header(pb.UpdateHeader()).group_name, convert.header(pb.UpdateHeader()).two_phase) == ("", False)
+
+
+def test_an_outcome_tells_how_the_bytes_come() -> None:
+    header = Header(update_id="u", weight_version="v", rank=0, tp_size=1, group_name="g")
+    assert convert.outcome(Update(header, MANIFEST, "d")).transport == pb.TRANSPORT_DISTRIBUTED
+    assert convert.outcome(Update(replace(header, group_name=""), MANIFEST, "d")).transport == pb.TRANSPORT_IPC

@@ -48,6 +48,7 @@ def applying(load_ms: int = 1500) -> pb.GetStatusResponse:
             load_path=pb.LOAD_PATH_FELL_BACK,
             load_reason="shapes changed",
             verification=pb.VERIFICATION_PROVEN,
+            transport=pb.TRANSPORT_IPC,
             phases=[phase(pb.PHASE_COLLECT, 1000), phase(pb.PHASE_LOAD, 200_000)],
             notes=["requests in flight kept the cache"],
         ),
@@ -61,7 +62,7 @@ def test_an_update_in_hand_and_the_last_one_are_told_with_phase_bucket_ranks_and
         "serves:  version '6'",
         "update:  'u7' (version '7') applying, bucket 3 of 17, load, waits for ranks [1], for 1.8 s now",
         "         collect 250 ms, pause 12 ms",
-        "last:    'u6' (version '6') committed in 3 min 21 s, bucket 17 of 17, fell_back (shapes changed), proven",
+        "last:    'u6' (version '6') committed in 3 min 21 s, bucket 17 of 17, ipc, fell_back (shapes changed), proven",
         "         collect 1.0 s, load 3 min 20 s",
         "         requests in flight kept the cache",
     ]
@@ -73,6 +74,37 @@ def test_an_engine_that_is_not_there_is_told_with_the_reason() -> None:
         "state:   engine_unreachable - connection refused",
         "serves:  no one version",
     ]
+
+
+def test_the_group_that_the_engine_is_in_is_told() -> None:
+    group = pb.WeightsUpdateGroup(
+        group_name="update-7", master_address="10.0.0.1", master_port=29500, rank_offset=3, world_size=5, backend="nccl"
+    )
+    last = pb.UpdateOutcome(
+        update_id="u6", weight_version="6", state=pb.UPDATE_STATE_COMMITTED, transport=pb.TRANSPORT_DISTRIBUTED
+    )
+    status = pb.GetStatusResponse(state=pb.SIDECAR_STATE_READY, weight_version="6", group=group, last_update=last)
+    assert describe(status).splitlines() == [
+        "state:   ready",
+        "group:   'update-7' of 5 ranks (nccl, 10.0.0.1:29500), the engine's from 3 on",
+        "serves:  version '6'",
+        "last:    'u6' (version '6') committed in 0 ms, bucket 0 of 0, distributed",
+    ]
+
+
+def test_an_update_that_waits_for_its_word_is_told() -> None:
+    status = pb.GetStatusResponse(
+        state=pb.SIDECAR_STATE_APPLYING,
+        current_update=pb.UpdateOutcome(
+            update_id="u7",
+            state=pb.UPDATE_STATE_APPLYING,
+            num_buckets=2,
+            num_posted=2,
+            waiting_for_ranks=[0, 1],
+            phases=[phase(pb.PHASE_COLLECT, 1), phase(pb.PHASE_LOAD, 2), phase(pb.PHASE_DECIDE, 10)],
+        ),
+    )
+    assert "bucket 2 of 2, decide, waits for ranks [0, 1], for 13 ms now" in describe(status)
 
 
 def test_words_of_others_cannot_move_the_cursor() -> None:

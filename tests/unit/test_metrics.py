@@ -127,7 +127,7 @@ def test_what_stands_is_read_at_each_scrape() -> None:
     assert [value(metrics, name) for name in ("ready", "engine_reachable", "update_in_hand_seconds")] == [0, 0, 2.5]
     states = {state.name.lower(): value(metrics, "state", state=state.name.lower()) for state in SidecarState}
     assert [name for name, set_ in states.items() if set_] == ["applying"]
-    assert len(states) == 8
+    assert len(states) == len(SidecarState)
 
 
 @pytest.mark.parametrize("version", ["", "step 7", "٣", "-1", "1e3", "9" * 40])

@@ -44,6 +44,14 @@ def unsynced(served: ServedWeights) -> bool:
     return served.unsynced
 
 
+def fenced(served: ServedWeights) -> str:
+    return served.fenced
+
+
+def stays_held(served: ServedWeights) -> bool:
+    return served.stays_held
+
+
 def left_over(served: ServedWeights) -> Entry | None:
     return served.recoverable
 
@@ -160,3 +168,67 @@ def test_a_predecessors_journal_is_about_the_process_that_it_touched(
     served.engine_seen()
     assert (dirt(served) is not None, left_over(served) is not None) == (is_dirty, is_dirty)
     assert (journal.unfinished() is not None) is is_dirty
+
+
+def test_an_engine_that_was_taken_out_of_service_is_in_again_with_a_complete_update(journal: Journal) -> None:
+    engine = Engine()
+    served = ServedWeights(engine, journal, accept_checkpoint=False)
+    engine.start("1")
+    assert fenced(served) == ""
+    served.fence("others went on")
+    assert (fenced(served), stays_held(served), unsynced(served), dirt(served)) == (
+        "others went on",
+        False,
+        False,
+        None,
+    )
+    served.ended(update(UpdateState.ABORTED))
+    assert fenced(served) == "others went on"
+    served.fence("and for another reason")
+    assert fenced(served) == "and for another reason"
+    served.ended(update(UpdateState.COMMITTED))
+    assert fenced(served) == ""
+
+
+def test_an_engine_that_is_out_of_service_is_out_as_long_as_it_lives(journal: Journal) -> None:
+    engine = Engine()
+    served = ServedWeights(engine, journal, accept_checkpoint=False)
+    engine.start("1")
+    served.fence("others went on", held=True)
+    engine.start("2")
+    assert (fenced(served), stays_held(served), unsynced(served)) == ("", False, True)
+
+
+def test_generation_stays_held_while_weights_are_mixed_or_somebody_wants_it_so(journal: Journal) -> None:
+    engine = Engine()
+    served = ServedWeights(engine, journal, accept_checkpoint=False)
+    engine.start("1")
+    assert not stays_held(served)
+    served.fence("others went on", held=True)
+    assert stays_held(served)
+    served.fence("the engine did not answer while it joined")
+    assert stays_held(served), "a second reason lets nothing go on"
+    served.touching(update(UpdateState.ABORTED), writing=False)
+    left = journal.unfinished()
+    assert left is not None
+    assert left.written, "a successor must not let it go on either"
+    served.ended(update(UpdateState.COMMITTED))
+    assert not stays_held(served)
+    served.ended(update(UpdateState.FAILED))
+    assert stays_held(served)
+    served.fence("others went on")
+    served.ended(update(UpdateState.COMMITTED))
+    assert not stays_held(served)
+
+
+def test_where_an_update_is_required_no_server_is_in_step_before_one(journal: Journal) -> None:
+    engine = Engine()
+    served = ServedWeights(engine, journal, accept_checkpoint=False, require_update=True)
+    engine.start("1")
+    assert unsynced(served)
+    served.ended(update(UpdateState.ABORTED))
+    assert unsynced(served)
+    served.ended(update(UpdateState.COMMITTED))
+    assert not unsynced(served)
+    engine.start("2")
+    assert unsynced(served)

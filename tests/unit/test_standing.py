@@ -14,7 +14,7 @@ from sidecar.update import Header, Update, UpdateState
 from sidecar.v1 import weight_sync_pb2 as pb
 
 INFO = parse({"version": "0.5.23", "random_seed": 1})
-RESTARTED = "the engine was restarted and serves its checkpoint; send a complete update"
+STARTED = "the engine has started and serves its checkpoint; send a complete update"
 HELD = "the engine takes no requests (/ready): it starts, or was paused; a complete update lets it go on"
 
 
@@ -33,9 +33,9 @@ class Engine:
 class Here:
     """One engine, what it serves, and the update in hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, require_update: bool = False) -> None:
         self.engine = Engine()
-        self.served = ServedWeights(self.engine, Journal(None), accept_checkpoint=False)
+        self.served = ServedWeights(self.engine, Journal(None), accept_checkpoint=False, require_update=require_update)
         self.current: Update | None = None
         self.draining = False
         self._standing = Standing(self.engine, self.served, lambda: (self.current, self.draining))
@@ -88,9 +88,9 @@ def test_an_engine_that_broke_off_serves_no_one_version() -> None:
 def test_an_engine_that_was_restarted_serves_its_checkpoint() -> None:
     here = Here()
     here.engine.epoch = 2
-    assert here.seen() == (SidecarState.UNSYNCED, False, RESTARTED, "6")
+    assert here.seen() == (SidecarState.UNSYNCED, False, STARTED, "6")
     here.engine.held = True
-    assert here.seen() == (SidecarState.UNSYNCED, False, RESTARTED, "6")
+    assert here.seen() == (SidecarState.UNSYNCED, False, STARTED, "6")
 
 
 def test_an_engine_that_somebody_has_paused_is_not_ready_and_still_serves_one_version() -> None:
@@ -130,3 +130,30 @@ def test_an_engine_that_cannot_be_updated_is_not_ready() -> None:
     here.engine.info = replace(INFO, unsupported="pipeline parallelism")
     _, ready, reason, _ = here.seen()
     assert (ready, reason) == (False, "pipeline parallelism")
+
+
+def test_an_engine_that_was_taken_out_of_service_is_not_ready_and_still_serves_one_version() -> None:
+    here = Here()
+    here.served.fence("others went on")
+    reason = "out of service until a complete update: others went on"
+    assert here.seen() == (SidecarState.FENCED, False, reason, "6")
+    here.engine.held = True
+    assert here.seen() == (SidecarState.FENCED, False, reason, "6")
+    here.current = update(UpdateState.COLLECTING)
+    assert here.seen() == (SidecarState.COLLECTING, False, reason, "6")
+    here.current = update(UpdateState.APPLYING)
+    assert here.seen() == (SidecarState.APPLYING, False, reason, "6")
+    here.current = None
+    message = here.fail()
+    assert here.seen() == (SidecarState.DIRTY, False, message, "")
+
+
+def test_an_engine_that_was_restarted_is_fenced_no_more() -> None:
+    here = Here()
+    here.served.fence("others went on")
+    here.engine.epoch = 2
+    assert here.seen() == (SidecarState.UNSYNCED, False, STARTED, "6")
+
+
+def test_an_engine_that_needs_an_update_first_is_not_ready() -> None:
+    assert Here(require_update=True).seen() == (SidecarState.UNSYNCED, False, STARTED, "6")

@@ -7,9 +7,10 @@ import pytest
 from sidecar.errors import InvalidRequest, RankAlreadyDelivered, Reason, SyncError, UnsuitableEngine, UpdateConflict
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.memory import SharedMemory
-from sidecar.update import Header, PauseMode, Phase, Update, UpdateState
+from sidecar.update import MAX_RANKS, Header, PauseMode, Phase, Transport, Update, UpdateState
 
 HEADER = Header(update_id="u1", weight_version="v1", rank=0, tp_size=2)
+TWO_PHASE = dataclasses.replace(HEADER, two_phase=True)
 MANIFEST = Manifest(tuple(BucketSpec(64, (TensorSpec(name, "uint8", (64,), 0, 64),)) for name in ("first", "second")))
 ERROR = UpdateConflict(Reason.UPDATE_ABORTED, "rank 0 aborted it")
 
@@ -170,3 +171,131 @@ def test_the_phase_it_is_in_is_told_with_the_time_so_far() -> None:
     assert update.spent(11.25) == {Phase.COLLECT: 1.0, Phase.PAUSE: 0.25}
     update.end(UpdateState.ABORTED, ERROR)
     assert update.spent(20.0) == {Phase.COLLECT: 1.0}
+
+
+def over_a_group(*, two_phase: bool = False, tp_size: int = 2) -> Update:
+    """Every rank has begun."""
+    header = dataclasses.replace(HEADER, group_name="g", two_phase=two_phase, tp_size=tp_size)
+    update = Update(header=header, manifest=MANIFEST, digest=MANIFEST.digest())
+    for rank in range(tp_size):
+        update.join(rank)
+    return update
+
+
+def say(update: Update, word: str, *ranks: int) -> None:
+    for rank in ranks:
+        setattr(update.deliveries[rank], word, True)
+
+
+def test_an_update_that_is_prepared_needs_no_first_bucket_to_begin() -> None:
+    update = delivered()
+    say(update, "prepared", 0)
+    assert (update.unready(), update.missing()) == ([1], [1])
+    update.deliver(1, 0, memory(10))
+    assert update.unready() == []
+    update.start_applying()
+
+
+def test_over_a_group_the_sender_is_waited_for_then_every_commit() -> None:
+    update = over_a_group()
+    say(update, "prepared", 0, 1)
+    update.start_applying()
+    assert (update.waiting_for(0), update.waiting_for(1), update.missing()) == ([0], [0], [0])
+    say(update, "committed", 0)
+    assert (update.waiting_for(0), update.missing()) == ([], [])
+    update.num_posted = update.num_loaded = 2
+    assert (update.waiting_for(2), update.missing(), update.complete) == ([], [1], False)
+    say(update, "committed", 1)
+    assert (update.missing(), update.complete) == ([], True)
+
+
+def test_over_a_group_an_update_is_complete_when_all_is_loaded() -> None:
+    """Until then its sender can still take the bytes back, by going."""
+    update = over_a_group()
+    say(update, "committed", 0, 1)
+    for update.num_posted, update.num_loaded in ((1, 0), (2, 1)):
+        assert not update.complete
+        assert (update.needs(0), update.needs(1)) == (True, False)
+    update.num_loaded = 2
+    assert update.complete
+    assert (update.needs(0), update.needs(1)) == (False, False)
+
+
+def test_over_a_group_a_rank_is_needed_until_it_has_committed() -> None:
+    update = over_a_group()
+    update.num_posted = update.num_loaded = 2
+    say(update, "committed", 0)
+    assert (update.needs(0), update.needs(1)) == (False, True)
+
+
+def test_in_two_phases_every_rank_is_needed_until_its_word_to_publish() -> None:
+    for update in (over_a_group(two_phase=True), dataclasses.replace(delivered(0, 1), header=TWO_PHASE)):
+        say(update, "committed", 0, 1)
+        update.num_posted = update.num_loaded = 2
+        assert (update.unpublished(), update.complete) == ([0, 1], False)
+        assert update.needs(0)
+        say(update, "published", 0)
+        assert (update.unpublished(), update.needs(0), update.needs(1)) == ([1], False, True)
+        say(update, "published", 1)
+        assert (update.unpublished(), update.complete, update.needs(1)) == ([], True, False)
+
+
+def test_the_word_to_publish_is_waited_for_once_all_is_ready() -> None:
+    update = over_a_group(two_phase=True)
+    say(update, "prepared", 0, 1)
+    say(update, "committed", 0, 1)
+    update.start_applying()
+    update.num_posted, update.phase = 2, Phase.LOAD
+    assert update.missing() == []
+    update.phase = Phase.DECIDE
+    assert update.missing() == [0, 1]
+    say(update, "published", 0)
+    assert update.missing() == [1]
+
+
+def test_in_one_phase_no_word_is_needed() -> None:
+    assert new_update().unpublished() == []
+
+
+def test_the_transport_is_told_by_what_the_update_is() -> None:
+    assert new_update().transport is Transport.IPC
+    assert over_a_group().transport is Transport.DISTRIBUTED
+    assert Update(HEADER, Manifest(()), "", model_path="/models/x").transport is Transport.DISK
+
+
+def test_over_a_group_any_number_of_ranks_may_take_part_but_not_without_end() -> None:
+    over = dataclasses.replace(HEADER, group_name="g")
+    for tp_size in (1, 2, 7, MAX_RANKS):
+        dataclasses.replace(over, tp_size=tp_size).check(2)
+    with pytest.raises(InvalidRequest, match=f"at most {MAX_RANKS} may, and rank 0 is enough") as raised:
+        dataclasses.replace(over, tp_size=(1 << 32) - 1).check(2)
+    assert raised.value.reason is Reason.RANK_OUT_OF_RANGE
+    for tp_size in (0, 2):
+        with pytest.raises(InvalidRequest, match=rf"rank 2 is outside 0\.\.{tp_size - 1}"):
+            dataclasses.replace(over, rank=2, tp_size=tp_size).check(2)
+
+
+def test_a_group_without_a_printable_name_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="group_name must be 0 to 128 printable characters"):
+        dataclasses.replace(HEADER, group_name="a\nb").check(2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tp_size": 4}, "tp_size 2 against 4"),
+        ({"group_name": "h"}, "group_name 'g' against 'h'"),
+        ({"two_phase": True}, "two_phase False against True"),
+    ],
+)
+def test_over_a_group_ranks_that_differ_are_told_so(changes: dict[str, object], said: str) -> None:
+    update = over_a_group()
+    other = dataclasses.replace(update.header, rank=1, **changes)  # type: ignore[arg-type]
+    with pytest.raises(UpdateConflict) as raised:
+        update.check_same(other, MANIFEST, MANIFEST.digest())
+    assert said in raised.value.message
+
+
+def test_the_engines_ranks_are_its_own_over_a_group_and_those_that_send_otherwise() -> None:
+    assert new_update().num_engine_ranks == 2
+    assert dataclasses.replace(over_a_group(tp_size=1), engine_tp_size=4).num_engine_ranks == 4
