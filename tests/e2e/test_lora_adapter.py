@@ -8,7 +8,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ from adapter.launch import EngineProcess, SidecarConfig, SidecarProcess
 from adapter.sources import lora_adapter
 from tests.conformance.client import EngineUnderTest
 from tests.conformance.contract import LORA_CHECKS
-from tests.e2e.engines import INSTALLED_RELEASE, EngineSpec
+from tests.e2e.engines import INSTALLED_RELEASE, READY_S, EngineSpec
 from tests.e2e.hf_models import build, greedy, write_folder
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -122,7 +122,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
     listen = f"unix:{folder / 's.sock'}"
     with (
-        EngineProcess(config) as engine,
+        EngineProcess(replace(config, ready_timeout_s=READY_S)) as engine,
         SidecarProcess(SidecarConfig(engine_url=engine.url, listen=listen, log_path=folder / "sidecar.log")) as sidecar,
     ):
         ready = Served(spec, engine, sidecar, build("qwen3", dtype=torch.float32))

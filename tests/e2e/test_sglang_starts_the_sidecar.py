@@ -17,6 +17,7 @@ from adapter.demo.cpu_engine import cpu_engine
 from adapter.demo.engine_http import EngineHttp
 from adapter.demo.trainers import trainer_ranks, update_all
 from adapter.launch import EngineConfig, EngineProcess, free_port, sidecar_is_serving
+from tests.e2e.engines import READY_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -44,7 +45,7 @@ def config_with_sidecar(workdir: Path, listen: str) -> EngineConfig:
     grpc = ("--grpc-port", str(free_port()), "--sidecar", "sidecar", "--sidecar-args", json.dumps(serve))
     home = Path(sidecar.__file__).parents[1]
     config = cpu_engine(workdir, tiny_model.write_config(workdir / "model"), extra_args=grpc, pythonpath=(home,))
-    return replace(config, port=port)
+    return replace(config, port=port, ready_timeout_s=READY_S)
 
 
 @pytest.fixture(scope="module")

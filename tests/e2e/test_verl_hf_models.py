@@ -5,7 +5,7 @@ are not Hugging Face's, whatever sends the weights; there, a load of the same we
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import requests
 from adapter.demo.cpu_engine import cpu_engine
 from adapter.demo.engine_http import EngineHttp
 from tests.e2e import hf_models
-from tests.e2e.verl_ranks import CPU_SERVER_ARGS, PROMPT, VerlRank, call_all, greedy, make_all, verl_ranks
+from tests.e2e.verl_ranks import CPU_SERVER_ARGS, PROMPT, KeptRanks, VerlRank, call_all, greedy, make_all, verl_ranks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -71,9 +71,17 @@ class Trainer:
         return choice["text"].replace(" ", ""), choice["logprobs"]["token_logprobs"]
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeptRanks]:
+    """The trainer's processes, for one model and server after the other."""
+    ranks = KeptRanks(lambda: verl_ranks(tmp_path_factory.mktemp("trainer"), program="tests.e2e.hf_rank"))
+    with closing(ranks):
+        yield ranks
+
+
 @contextmanager
-def training(name: str, folder: Path, **server_args: object) -> Iterator[Trainer]:
-    """Everything started, the model built and wrapped."""
+def training(name: str, kept: KeptRanks, folder: Path, **server_args: object) -> Iterator[Trainer]:
+    """The server started, the model built and wrapped; the server ended."""
     model = hf_models.write_folder(name, folder / "model", "float32")
     config = cpu_engine(folder, model, tp_size=2)
     arguments = {
@@ -86,16 +94,17 @@ def training(name: str, folder: Path, **server_args: object) -> Iterator[Trainer
         "bucket_bytes": 1 << 20,
         **server_args,
     }
-    with verl_ranks(folder, program="tests.e2e.hf_rank") as ranks:
+    with kept.use() as ranks:
         described = make_all(ranks, arguments)
         assert all(isinstance(answer, dict) for answer in described), described
         assert call_all(ranks, "build", name=name) == [{"sharded": True}] * 2
         yield Trainer(ranks, model, described[0]["server_url"])
+        assert call_all(ranks, "shutdown") == [None, None]
 
 
 @pytest.mark.parametrize("name", SAME_AS_HUGGING_FACE)
-def test_the_server_says_what_the_trained_model_says(name: str, tmp_path: Path) -> None:
-    with training(name, tmp_path) as trainer:
+def test_the_server_says_what_the_trained_model_says(name: str, kept: KeptRanks, tmp_path: Path) -> None:
+    with training(name, kept, tmp_path) as trainer:
         said = []
         for round_number in range(3):
             if round_number:
@@ -114,9 +123,11 @@ def test_the_server_says_what_the_trained_model_says(name: str, tmp_path: Path) 
         assert said[1][1] != pytest.approx(said[2][1], abs=LOGPROB_TOLERANCE)
 
 
-def test_experts_that_are_spread_over_the_ranks_are_replayed_as_a_load_from_disk_gives_them(tmp_path: Path) -> None:
+def test_experts_that_are_spread_over_the_ranks_are_replayed_as_a_load_from_disk_gives_them(
+    kept: KeptRanks, tmp_path: Path
+) -> None:
     """Each rank reads only its own experts of what is sent. SGLang generates with them on GPUs alone."""
-    with training("qwen3-moe", tmp_path, ep_size=2) as trainer:
+    with training("qwen3-moe", kept, tmp_path, ep_size=2) as trainer:
         http = EngineHttp(trainer.server_url)
         for way in WAYS:
             trainer.train()
@@ -128,8 +139,10 @@ def test_experts_that_are_spread_over_the_ranks_are_replayed_as_a_load_from_disk
         assert http.rank_checksums() == replayed
 
 
-def test_deepseek_v2_says_what_it_says_after_a_load_of_the_same_weights_from_disk(tmp_path: Path) -> None:
-    with training("deepseek-v2", tmp_path) as trainer:
+def test_deepseek_v2_says_what_it_says_after_a_load_of_the_same_weights_from_disk(
+    kept: KeptRanks, tmp_path: Path
+) -> None:
+    with training("deepseek-v2", kept, tmp_path) as trainer:
         http = EngineHttp(trainer.server_url)
         said = []
         for round_number in range(2):

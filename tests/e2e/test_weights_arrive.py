@@ -1,10 +1,20 @@
 """What the server serves after an update is what the trainer sent, on every release and TP size."""
 
+from collections.abc import Iterator
+
 import pytest
 
+from adapter.demo.trainers import TrainerRank
 from tests.e2e.engines import SMALL_BUCKET_BYTES, Stack, on_every_engine
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="session")
+def with_small_buckets(stack: Stack) -> Iterator[list[TrainerRank]]:
+    """Another trainer of the same server."""
+    with stack.more_ranks(SMALL_BUCKET_BYTES) as ranks:
+        yield ranks
 
 
 @on_every_engine
@@ -32,12 +42,11 @@ def test_checksums_equal_those_of_the_same_weights_loaded_from_disk(stack: Stack
 
 
 @on_every_engine
-def test_buckets_bring_the_same_weights_as_one_call(stack: Stack) -> None:
+def test_buckets_bring_the_same_weights_as_one_call(stack: Stack, with_small_buckets: list[TrainerRank]) -> None:
     stack.update(3)
     in_one_call = stack.http.rank_checksums()
     stack.update(4)
-    with stack.more_ranks(SMALL_BUCKET_BYTES) as ranks:
-        stack.update(3, ranks)
+    stack.update(3, with_small_buckets)
     assert stack.http.rank_checksums() == in_one_call
 
 
@@ -50,10 +59,9 @@ def test_an_update_that_fits_one_bucket_is_one_post(stack: Stack) -> None:
 
 
 @on_every_engine
-def test_an_update_in_buckets_is_one_post_per_bucket(stack: Stack) -> None:
+def test_an_update_in_buckets_is_one_post_per_bucket(stack: Stack, with_small_buckets: list[TrainerRank]) -> None:
     before = stack.num_posts()
-    with stack.more_ranks(SMALL_BUCKET_BYTES) as ranks:
-        reports = stack.update(1, ranks)
+    reports = stack.update(1, with_small_buckets)
     posts = stack.num_posts() - before
     assert posts > 3
     assert [report.num_posts for report in reports] == [posts] * stack.spec.tp_size

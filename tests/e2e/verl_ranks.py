@@ -23,7 +23,7 @@ from adapter.launch import ManagedProcess
 from adapter.launch.engine import SHARED_MEMORY_PREFIXES
 from adapter.launch.reaper import shared_memory_of
 
-START_S = 180.0
+START_S = 240.0  # two servers that start at once share the cores
 ANSWER_S = 120.0
 PROMPT = (11, 42, 7)
 # The flags of ``cpu_engine``, as keyword arguments.
@@ -114,6 +114,34 @@ def verl_ranks(
             ranks.append(VerlRank(rank, size, folder, folder / "store" if mesh else None, program))
             stack.callback(ranks[-1].end)
         yield ranks
+
+
+class KeptRanks:
+    """Ranks for one test after the other: their imports take many seconds.
+
+    A test that fails may leave them out of step, so the next one gets new ones.
+    """
+
+    def __init__(self, start: Callable[[], contextlib.AbstractContextManager[list[VerlRank]]]) -> None:
+        self._start = start
+        self._started = contextlib.ExitStack()
+        self._ranks: list[VerlRank] | None = None
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[list[VerlRank]]:
+        """Left running, unless the block raises."""
+        if self._ranks is None:
+            self._ranks = self._started.enter_context(self._start())
+        try:
+            yield self._ranks
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends them."""
+        self._ranks = None
+        self._started.close()
 
 
 def on_all(ranks: Sequence[VerlRank], do: str, timeout_s: float = ANSWER_S, **command: Any) -> list[Any]:
