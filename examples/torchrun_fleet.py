@@ -160,7 +160,8 @@ class Trainer:
             apart = regret(self.model, said)
             assert apart < TIE, f"the sharded model likes other tokens better, by {apart:.3f}"
         if self.rank == 0:
-            print(f"step {number:2d}: loss {loss:6.4f}, {took}, they say {' '.join(map(str, said))}", flush=True)
+            told = f", they say {' '.join(map(str, said))}" if said else ""
+            print(f"step {number:2d}: loss {loss:6.4f}, {took}{told}", flush=True)
         return said
 
     def shared(self, said: list[int]) -> list[int]:

@@ -427,7 +427,14 @@ class Coordinator:
         model_path: str | None = None,
     ) -> Update:
         update = Update(
-            header, manifest, digest, info.placement, self._engine.epoch, info.ep_size, info.tp_size, model_path
+            header,
+            manifest,
+            digest,
+            info.placement,
+            self._engine.epoch,
+            info.ep_size,
+            engine_tp_size=info.tp_size,
+            model_path=model_path,
         )
         update.started, update.trace = time.monotonic(), TRACE.get()
         return update

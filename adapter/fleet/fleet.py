@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -132,20 +133,23 @@ class Fleet:
             FleetUpdateFailed: too few took it: nothing is published.
             ValueError: a tensor, name, dtype or option that cannot be sent.
         """
-        header = pb.UpdateHeader(
-            update_id=update_id or self._new_id(version),
-            weight_version=version,
-            tp_size=1,
-            pause_mode=wire.pause_mode(pause_mode),
-            selector=wire.selector(selector),
-            verify=verify,
-            content_digest=content_digest,
-            keep_cache=not flush_cache,
-            allow=pb.ManifestAllowance(unknown=allow_unknown, missing=allow_missing),
-            two_phase=True,
-        )
-        cargo = self._cargo(named_tensors, specs, check_finite)
-        return self._bring(self._order(header, cargo, self._policy, timeout))
+        cargo = self._planner.outgoing(named_tensors, specs)
+        with self._ordered(cargo, self._policy, timeout) as order:
+            if check_finite:
+                cargo.check_values()
+            order.header = pb.UpdateHeader(
+                update_id=update_id or self._new_id(version),
+                weight_version=version,
+                tp_size=1,
+                pause_mode=wire.pause_mode(pause_mode),
+                selector=wire.selector(selector),
+                verify=verify,
+                content_digest=content_digest,
+                keep_cache=not flush_cache,
+                allow=pb.ManifestAllowance(unknown=allow_unknown, missing=allow_missing),
+                two_phase=True,
+            )
+            return self._bring(order, self._look(self._present()))
 
     def catch_up(
         self, named_tensors: NamedTensors, *, timeout: float = 600.0, pause_mode: str = "retract"
@@ -154,21 +158,21 @@ class Fleet:
 
         For engines that joined, were started again, failed or were cut off since: whoever can, takes it.
         """
-        if not self.version:
-            raise ValueError("the fleet has published nothing yet: update_weights comes first")
-        look = self._look(self._present())
-        look.good = {m: s for m, s in look.good.items() if not _serves(s, self.version)}
-        if not look.good:
-            return None
-        header = pb.UpdateHeader(
-            update_id=self._new_id(self.version),
-            weight_version=self.version,
-            tp_size=1,
-            pause_mode=wire.pause_mode(pause_mode),
-            two_phase=True,
-        )
-        cargo = self._cargo(named_tensors, None, check_finite=False)
-        return self._bring(self._order(header, cargo, BEST_EFFORT, timeout), look)
+        with self._ordered(self._planner.outgoing(named_tensors, None), BEST_EFFORT, timeout) as order:
+            if not self.version:
+                raise ValueError("the fleet has published nothing yet: update_weights comes first")
+            look = self._look(self._present())
+            look.good = {member: status for member, status in look.good.items() if not _serves(status, self.version)}
+            if not look.good:
+                return None
+            order.header = pb.UpdateHeader(
+                update_id=self._new_id(self.version),
+                weight_version=self.version,
+                tp_size=1,
+                pause_mode=wire.pause_mode(pause_mode),
+                two_phase=True,
+            )
+            return self._bring(order, look)
 
     def status(self) -> dict[str, pb.GetStatusResponse | WeightSyncError]:
         """What every member's sidecar says now, by target."""
@@ -222,15 +226,20 @@ class Fleet:
 
     # One version.
 
-    def _bring(self, order: Order, look: Answers[pb.GetStatusResponse] | None = None) -> FleetResult:
+    @contextmanager
+    def _ordered(self, cargo: Outgoing | WholeTensors, policy: Policy, timeout_s: float) -> Iterator[Order]:
+        """Whatever becomes of it, this rank goes through the gathers that the trainer's other ranks go through."""
+        filling = Filling(cargo, self._regions, self._staging_device())
         try:
-            look = look or self._look(self._present())
-            story = Story(look.failed)
-            needed = max(1, order.policy.needed(len(look.good) + len(look.failed)))
-            self._try_until_enough(order, story, list(look.good), needed)
-            return self._told(order, story, needed)
+            yield Order(filling, policy, time.monotonic() + timeout_s)
         finally:
-            take_part(order.filling.forgo)
+            take_part(filling.forgo)
+
+    def _bring(self, order: Order, look: Answers[pb.GetStatusResponse]) -> FleetResult:
+        story = Story(look.failed)
+        needed = max(1, order.policy.needed(len(look.good) + len(look.failed)))
+        self._try_until_enough(order, story, list(look.good), needed)
+        return self._told(order, story, needed)
 
     def _try_until_enough(self, order: Order, story: Story, pending: list[Member], needed: int) -> None:
         """Again without those that failed, where the policy can do without them."""
@@ -307,20 +316,6 @@ class Fleet:
 
     # Tensors.
 
-    def _cargo(
-        self, named_tensors: NamedTensors, specs: Sequence[TensorSpec] | None, check_finite: bool
-    ) -> Outgoing | WholeTensors:
-        cargo = self._planner.outgoing(named_tensors, specs)
-        if check_finite:
-            cargo.check_values()
-        return cargo
-
-    def _order(
-        self, header: pb.UpdateHeader, cargo: Outgoing | WholeTensors, policy: Policy, timeout_s: float
-    ) -> Order:
-        filling = Filling(cargo, self._regions, self._staging_device())
-        return Order(header, filling, policy, time.monotonic() + timeout_s)
-
     def _staging_device(self) -> torch.device:
         device = self._device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type != "cuda":
@@ -334,15 +329,15 @@ class Fleet:
         return f"{version[:MAX_VERSION_IN_ID]} #{self._num_sent}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Order:
     """What is to be brought, and how."""
 
-    header: pb.UpdateHeader
     filling: Filling
     policy: Policy
     give_up: float
     """On the monotonic clock."""
+    header: pb.UpdateHeader = field(default_factory=pb.UpdateHeader)
 
     def numbered(self, number: int, group_name: str) -> pb.UpdateHeader:
         """The header of one try, over that group."""

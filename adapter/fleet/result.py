@@ -66,10 +66,13 @@ class FleetUpdateFailed(WeightSyncError):
     """Too few engines took the update: it was not published."""
 
     def __init__(
-        self, message: str, engines: Mapping[str, EngineResult], errors: Mapping[str, WeightSyncError]
+        self,
+        message: str,
+        engines: Mapping[str, EngineResult] | None = None,  # absent where it is unpickled: they come after
+        errors: Mapping[str, WeightSyncError] | None = None,
     ) -> None:
         super().__init__(message)
-        self.engines = engines
+        self.engines = dict(engines or {})
         """By target: what happened."""
-        self.errors = errors
+        self.errors = dict(errors or {})
         """By target: why, of those that have a reason."""

@@ -100,7 +100,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 def test_fifty_updates_reach_all_engines_and_no_request_is_lost(story: Story) -> None:
     with story.fleet(ALL_OR_NOTHING) as fleet:
-        assert {status.state for status in _statuses(fleet)} == {pb.SIDECAR_STATE_UNSYNCED}  # --require-update
+        assert {status.state for status in _statuses(fleet)} == {pb.SIDECAR_STATE_UNSYNCED}  # by --require-update
         took = []
         for _ in range(UPDATES):
             result = story.update(fleet)

@@ -16,6 +16,7 @@ from adapter.demo.cpu_engine import cpu_engine
 from adapter.engine_client import EngineClient
 from adapter.errors import WeightSyncError
 from adapter.launch import EngineConfig, EngineProcess, SidecarConfig, SidecarProcess
+from adapter.sidecar_stub import SidecarStub
 from tests.fleet.network import INTERFACE, Host, Network, network
 
 HTTP_PORT, SIDECAR_PORT, PROBE_PORT = 30000, 50051, 8080
@@ -31,6 +32,7 @@ class Site:
         self.host = host
         self.workdir = workdir
         workdir.mkdir()
+        self._stub = SidecarStub(self.target)
         self._config = self._engine_config()
         self.engine = EngineProcess(self._config, wait=False)
         self.sidecar = SidecarProcess(self._sidecar_config(), wait=False)
@@ -51,8 +53,8 @@ class Site:
         return f"http://{self.host.address}:{PROBE_PORT}/readyz"
 
     def answers(self) -> bool:
-        """Whether both are there."""
-        return EngineClient(self.url).answers() and self.sidecar.is_ready()
+        """Whether both are there, and know of each other."""
+        return EngineClient(self.url).answers() and self._stub.status().HasField("engine")
 
     def kill_engine(self) -> None:
         """As the kernel would: every process of the server at once."""
@@ -74,6 +76,7 @@ class Site:
 
     def stop(self) -> None:
         """End both."""
+        self._stub.close()
         self.sidecar.stop()
         self.engine.stop()
 

@@ -212,7 +212,7 @@ def test_memory_is_stated_before_it_is_taken_and_is_not_exceeded(pair: Pair, cap
             on_both(ranks, [tensors, tensors], version="stated 2")
         assert ranks[0]._buffers.num_bytes == 2 * 128 <= need.total
         said = [record.message for record in caplog.records if record.name == "adapter.client"]
-        assert sorted(said) == [
+        assert sorted(text for text in said if not text.endswith(" by ipc")) == [
             f"updates take at most {need.total} bytes of rank {rank} on cpu: staging buffers of 192 and 192 bytes, "
             "and 0 bytes to gather"
             for rank in range(2)
