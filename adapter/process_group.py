@@ -17,7 +17,8 @@ import os
 import queue
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Both ends of a connection must agree on it, and SGLang sets it for its processes (0.5.15.post1 to 0.5.23,
 # srt/entrypoints/engine.py). Read by NCCL once per process: one that has used NCCL before must have it from the start.
 AS_SGLANG_DOES = "NCCL_CUMEM_ENABLE", "0"
+WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 POLL_S = 0.0005
 CLOSE_PATIENCE_S = 5.0
 
@@ -49,7 +51,7 @@ class Sent:
         self._stream = torch.cuda.current_stream(flat.device) if flat.is_cuda else None
         self._begun = threading.Event()
         self._work: dist.Work | None = None
-        self._problem: RuntimeError | None = None
+        self._problem: Exception | None = None
 
     def begin(self, group: dist.ProcessGroup) -> None:
         """Send, behind what the thread that made this had asked its GPU to do by then."""
@@ -58,21 +60,26 @@ class Sent:
         try:
             with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                 self._work = group.broadcast([self.flat], options)
-        except RuntimeError as error:  # torch.distributed's errors are some
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: whoever waits must be told
             self._problem = error
-        self._begun.set()
+        finally:
+            self._begun.set()
 
     def done(self) -> bool:
         """Whether every receiver has it, or it failed."""
         return self._begun.is_set() and (self._work is None or bool(self._work.is_completed()))
 
+    def let_go(self) -> None:
+        """Keep the operation no longer: with gloo, connections stay open as long as somebody does."""
+        self._work = None
+
     def check(self) -> None:
         """Raise ``GroupBroken`` if it failed; called once it is done."""
+        if self._problem is not None:
+            raise GroupBroken(f"the broadcast did not begin: {_first_line(self._problem)}") from self._problem
         try:
-            if self._problem is not None:
-                raise self._problem
-            assert self._work is not None, "it is done"
-            self._work.wait()
+            if self._work is not None:
+                self._work.wait()
         except RuntimeError as error:
             raise GroupBroken(f"a receiver of the broadcast is gone: {_first_line(error)}") from error
 
@@ -80,29 +87,36 @@ class Sent:
 class BroadcastGroup:
     """A group from its store's opening (the constructor) over ``join`` to ``close``; used by one thread."""
 
-    def __init__(self, name: str, world_size: int, backend: str, timeout_s: float) -> None:
+    def __init__(self, name: str, world_size: int, backend: str, join_s: float, timeout_s: float) -> None:
         """Serve the group's store at a port that the system chooses, on every address of this host.
 
-        ``timeout_s``: how long joining, and each broadcast, may take.
+        ``join_s``: how long joining may take. ``timeout_s``: how long each broadcast may.
         """
         self.name = name
         self.world_size = world_size
         self.backend = backend
+        self._join_timeout = timedelta(seconds=join_s)
         self._timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore("127.0.0.1", 0, None, True, self._timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+        store = dist.TCPStore("127.0.0.1", 0, None, True, self._join_timeout, wait_for_workers=False)  # type: ignore[attr-defined]
         self._store: Any = store
         self.port = int(self._store.port)
         self._group: dist.ProcessGroup | None = None
         self._to_begin: queue.SimpleQueue[Sent | None] = queue.SimpleQueue()
+        self._open: list[Sent] = []
 
     def join(self) -> None:
         """Return once all members have joined; raises ``GroupBroken``."""
-        if self.backend == "nccl":
-            os.environ.setdefault(*AS_SGLANG_DOES)
         try:
-            self._group = join_group(self._store, self.name, 0, self.world_size, self.backend, self._timeout)
+            with _as_nccl_must_be() if self.backend == "nccl" else nullcontext():
+                group = join_group(self._store, self.name, 0, self.world_size, self.backend, self._join_timeout)
         except RuntimeError as error:  # torch.distributed's errors are some
             raise GroupBroken(f"not all members joined group {self.name}: {_first_line(error)}") from error
+        if self._store is None:  # it was closed meanwhile, by another thread
+            _close(group, None, self.backend == "nccl")
+            raise GroupBroken(f"group {self.name} was given up")
+        if self.backend == "gloo":
+            group._get_backend(torch.device("cpu"))._set_default_timeout(self._timeout)
+        self._group = group
         threading.Thread(
             target=_begin_all, args=(self._group, self._to_begin), name=f"broadcast {self.name}", daemon=True
         ).start()
@@ -111,6 +125,7 @@ class BroadcastGroup:
         """Begin to send ``flat`` (contiguous) from here to all others, in the order of the calls."""
         assert self._group is not None, "it is joined first"
         sent = Sent(flat)
+        self._open = [one for one in self._open if not one.done()] + [sent]
         self._to_begin.put(sent)
         return sent
 
@@ -120,6 +135,8 @@ class BroadcastGroup:
         if store is None:
             return
         self._to_begin.put(None)
+        for sent in self._open:
+            sent.let_go()
         arguments = (group, store, self.backend == "nccl")
         closing = threading.Thread(target=_close, args=arguments, name=f"close {self.name}", daemon=True)
         del arguments
@@ -154,6 +171,21 @@ def wait_all(sent: list[Sent], give_up: float) -> None:
                 raise GroupBroken("a broadcast has not ended in time")
             time.sleep(POLL_S)
         one.check()
+
+
+@contextmanager
+def _as_nccl_must_be() -> Iterator[None]:
+    """While a group is made: torch's watchdog must not end the trainer for an engine that has gone."""
+    os.environ.setdefault(*AS_SGLANG_DOES)
+    before = os.environ.get(WATCHDOG)
+    os.environ[WATCHDOG] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WATCHDOG]
+        else:
+            os.environ[WATCHDOG] = before
 
 
 def _begin_all(group: dist.ProcessGroup, to_begin: queue.SimpleQueue[Sent | None]) -> None:

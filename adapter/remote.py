@@ -1,8 +1,8 @@
 """One engine that shares no memory with its trainer: the same call, over torch.distributed.
 
 Runs in every rank of the trainer. Rank 0 is a fleet of one; the others gather along, since the weights may be sharded
-over all of them, and learn from the sidecar how it went. Invariant: what is raised, on every rank, is the sidecar's own
-verdict, as with shared memory.
+over all of them, and learn from the sidecar how it went. Invariant: what is raised is the sidecar's own verdict; where
+rank 0 fails before the sidecar hears of the update, the others learn nothing, and wait for their own time to pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from adapter import wire
 from adapter.bucketed import take_part
 from adapter.credentials import Credentials
-from adapter.errors import RanksMissing, UpdateAborted, UpdateFailed, UpdateRefused, WeightSyncError
+from adapter.errors import RanksMissing, UpdateAborted, UpdateFailed, WeightSyncError
 from adapter.fleet import Fleet, FleetUpdateFailed
 from adapter.planner import TensorSpec
 from adapter.sources.lazy import NamedTensors
@@ -25,6 +25,8 @@ from adapter.wire import UpdateResult
 from sidecar.v1 import weight_sync_pb2 as pb
 
 POLL_S = 0.05
+TRANSFER_S = 600.0
+"""One engine keeps no others waiting: as long as the sidecar gives one bucket."""
 OutcomeOf = Callable[[str], pb.UpdateOutcome]
 
 
@@ -53,6 +55,7 @@ class RemoteUpdates:
             staging_buffers=staging_buffers,
             device=device,
             fused_groups=fused_groups,
+            transfer_timeout=TRANSFER_S,
         )
 
     def update(
@@ -77,10 +80,10 @@ class RemoteUpdates:
             )
         except FleetUpdateFailed as failed:
             raise failed.errors.get(self._target, failed) from failed
-        return wire.result(self._outcome_of(update_id))
+        return _verdict(self._outcome_of(update_id))
 
     def give_up(self, named_tensors: NamedTensors, specs: Sequence[TensorSpec] | None) -> None:
-        """Go through the gathers without sending; rank 0's silence is what the sidecar's deadline is for."""
+        """Go through the gathers without sending; nobody is told, for the sidecar knows of no update yet."""
         take_part(lambda: self._fleet.take_part(named_tensors, specs=specs))
 
     def release(self) -> None:
@@ -97,6 +100,8 @@ class RemoteUpdates:
         give_up = time.monotonic() + timeout
         of_before = self._outcome(update_id)  # of an attempt under this id that has ended
         self._fleet.take_part(named_tensors, specs=specs)
+        if of_before is not None and of_before.state == pb.UPDATE_STATE_COMMITTED:  # its id is never used again
+            return _verdict(of_before)
         while time.monotonic() < give_up:
             outcome = self._outcome(update_id)
             if outcome is not None and outcome != of_before and outcome.state in _ENDED:
@@ -105,7 +110,7 @@ class RemoteUpdates:
         raise RanksMissing(f"rank 0 has not brought update {update_id!r} to its end within {timeout:.0f} s")
 
     def _outcome(self, update_id: str) -> pb.UpdateOutcome | None:
-        with suppress(UpdateRefused):
+        with suppress(WeightSyncError):  # a sidecar that is restarted, or knows nothing of it yet
             return self._outcome_of(update_id)
         return None
 

@@ -127,7 +127,7 @@ def _synchronise(device: torch.device) -> None:
 @contextmanager
 def _receiver(device: str, cut: Plan, repeats: int) -> Iterator[BroadcastGroup]:
     """Somebody who receives every bucket so many times, and does nothing with it."""
-    group = BroadcastGroup("bare", 2, "nccl" if device == "cuda" else "gloo", START_S)
+    group = BroadcastGroup("bare", 2, "nccl" if device == "cuda" else "gloo", START_S, START_S)
     sizes = ",".join(str(bucket.num_bytes) for bucket in cut.buckets)
     command = [sys.executable, "-m", "benchmarks.broadcast", device, str(group.port), str(repeats), sizes]
     env = (

@@ -239,7 +239,8 @@ class Coordinator:
     async def publish(self, update_id: str, rank: int, budget_s: float) -> Update:
         """One rank's word that the version is to be published; returns the committed update or raises."""
         update = self._joined(update_id, rank)
-        if not update.state.ended and (update.phase is not Phase.DECIDE or not update.header.two_phase):
+        said = update.deliveries[rank].published
+        if not (update.state.ended or said) and (update.phase is not Phase.DECIDE or not update.header.two_phase):
             raise refusals.not_ready_to_publish(update, rank)
         update.deliveries[rank].published = True
         self.changed()

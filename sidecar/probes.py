@@ -103,7 +103,7 @@ class ProbeServer:
         if path not in self._answers:
             return Answer(f"there is only {', '.join(sorted(self._answers))}\n".encode(), 404)
         try:
-            return self._answers[path](dict(parse_qsl(query)))
+            return self._answers[path](dict(parse_qsl(query, keep_blank_values=True)))
         except Exception:  # the edge of the process: a defect must not look like a dead sidecar
             logger.exception("a defect in the answer to %s", path)
             return Answer(b"a defect in the sidecar; see its log\n", 500)

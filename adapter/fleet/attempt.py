@@ -23,7 +23,7 @@ import grpc
 
 from adapter import wire
 from adapter.bucketed import in_words
-from adapter.errors import GroupBroken, UpdateFailed, WeightSyncError
+from adapter.errors import GroupBroken, SidecarUnreachable, UpdateFailed, WeightSyncError
 from adapter.fleet.group import Group, Sending
 from adapter.fleet.member import Answers, Asking, Member, ask, left, metadata
 from adapter.known_manifest import MANIFEST_UNKNOWN
@@ -35,6 +35,7 @@ from sidecar.v1 import weight_sync_pb2 as pb
 
 A = TypeVar("A")
 ABORT_S = 10.0
+ANSWER_S = 2.0
 PUBLISH_S = 60.0
 LOOK_EVERY_S = 0.05
 MAX_REASON = 500
@@ -51,7 +52,7 @@ class Try:
     untouched: set[Member] = field(default_factory=set)
     """That were let go with what they served before."""
     decided: bool = False
-    """Whether enough held it, so that it is published, whatever became of single members then."""
+    """Whether enough held it and it is published, whatever became of single members then."""
     broke: str = ""
     """Why the group cannot be used again."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -158,7 +159,8 @@ class Attempt:
         if not answers.failed:
             return True
         self._try.failed.update(answers.failed)
-        self._abort(begun, f"{_named(answers.failed)} did not take part")
+        reached = [member for member, error in answers.failed.items() if not isinstance(error, SidecarUnreachable)]
+        self._abort({*begun, *reached}, f"{_named(answers.failed)} did not take part")  # an answer may only be late
         self._try.untouched.update(member for member in begun if member not in answers.failed)
         return False
 
@@ -173,10 +175,19 @@ class Attempt:
             self._try.broke = in_words(error)
             self._group.close()  # whoever waits for bytes is told by its connection
             self._abort(self._members, in_words(error))
-            committing.cancel()  # of those that could not be told
             if not isinstance(error, WeightSyncError):
+                committing.cancel()
                 raise
+            return self._none_of_them(committing)
         return self._noted("load", committing, within_s=self._load_s)
+
+    def _none_of_them(self, committing: Asking[pb.CommitUpdateResponse]) -> Answers[pb.CommitUpdateResponse]:
+        """After a broadcast that broke nobody is ready: who had all of it was aborted like the rest."""
+        answers = self._noted("load", committing, within_s=ANSWER_S)  # those that could not be told say no more
+        unpublished = UpdateFailed(f"it holds the update, which was not published: {self._try.broke}")
+        answers.failed.update(dict.fromkeys(answers.good, unpublished))
+        answers.good.clear()
+        return answers
 
     def _committing(self, member: Member) -> grpc.Future[pb.CommitUpdateResponse]:
         request = pb.CommitUpdateRequest(update_id=self._header.update_id)
@@ -195,11 +206,11 @@ class Attempt:
         buckets.check_sources()
 
     def _finish(self, sent: Sending, committing: Asking[pb.CommitUpdateResponse]) -> None:
-        looked = time.monotonic()
+        looked = began = time.monotonic()
         while not sent.done():
             now = time.monotonic()
-            if now > self._give_up:
-                raise GroupBroken("the time for the update was over before every engine had received it")
+            if now > min(self._give_up, began + self._load_s):
+                raise GroupBroken(f"a broadcast was not received by all within {now - began:.1f} s")
             if now - looked > LOOK_EVERY_S:
                 looked = now
                 for member, error in committing.failures().items():
@@ -216,8 +227,8 @@ class Attempt:
             unpublished = f"it holds the update, which was not published: {_named(ready.failed)} failed"
             self._try.failed.update({member: UpdateFailed(unpublished) for member in ready.good})
             return
-        self._try.decided = True
         published = self._noted("publish", ask(ready.good, self._publishing))
+        self._try.decided = bool(published.good)
         self._try.failed.update(published.failed)
         self._try.published = {member: answer.outcome for member, answer in published.good.items()}
 

@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BUCKET_BYTES = 1 << 30
 LOOK_S = 5.0
-FENCE_S = 10.0
+FENCE_S, FENCE_AGAIN_S = 10.0, 0.5
+UPDATE_IN_PROGRESS = "UPDATE_IN_PROGRESS"
 MAX_TRIES = 3
 MAX_REASON = 500
 MAX_SHOWN = 5
@@ -90,6 +91,8 @@ class Fleet:
         transfer_timeout: float = 120.0,
         make_group: MakeGroup | None = None,
     ) -> None:
+        if isinstance(members, str):
+            raise ValueError(f"members must be a list of targets, or a Discovery, not the text {members!r}")
         self._discovery: Discovery = Listed(members) if isinstance(members, Iterable) else members
         self._policy = policy
         self._on_fenced = on_fenced or (lambda target, reason: None)
@@ -104,6 +107,8 @@ class Fleet:
         self._digests = Recent[Plan, str]()
         self._members: dict[str, Member] = {}
         self._num_sent = 0
+        self._last = pb.UpdateHeader()
+        """Of the version that was published last."""
         self.version = ""
         """What the fleet serves: the last version that was published. Empty: none yet, by this object."""
 
@@ -165,13 +170,9 @@ class Fleet:
             look.good = {member: status for member, status in look.good.items() if not _serves(status, self.version)}
             if not look.good:
                 return None
-            order.header = pb.UpdateHeader(
-                update_id=self._new_id(self.version),
-                weight_version=self.version,
-                tp_size=1,
-                pause_mode=wire.pause_mode(pause_mode),
-                two_phase=True,
-            )
+            order.header.CopyFrom(self._last)
+            order.header.update_id = self._new_id(self.version)
+            order.header.pause_mode = wire.pause_mode(pause_mode)
             return self._bring(order, look)
 
     def status(self) -> dict[str, pb.GetStatusResponse | WeightSyncError]:
@@ -209,7 +210,10 @@ class Fleet:
     def _present(self) -> list[Member]:
         """Those that the discovery names now; whoever is not named any more is forgotten."""
         targets = self._discovery.targets()
-        for target in set(self._members).difference(targets):
+        gone = set(self._members).difference(targets)
+        if gone:
+            self._group.leave()  # while those that have gone can still be told
+        for target in gone:
             self._members.pop(target).close()
         return [self._members.setdefault(target, Member(target, self._credentials)) for target in targets]
 
@@ -218,7 +222,7 @@ class Fleet:
         look = ask(members, lambda m: m.stub.rpc.GetStatus.future(pb.GetStatusRequest(), timeout=LOOK_S)).answers()
         for member, status in list(look.good.items()):
             problem = _problem(member, status)
-            member.engine = status.engine
+            member.engine, member.group_name = status.engine, status.group.group_name
             if problem is not None:
                 look.failed[member] = problem
                 del look.good[member]
@@ -282,11 +286,12 @@ class Fleet:
         version = order.header.weight_version
         if story.decided:
             self.version = version
+            self._last.CopyFrom(order.header)
             self._fence(story, version)
         engines = story.results()
         if not story.decided:
             errors = {member.target: error for member, error in story.failed.items()}
-            raise FleetUpdateFailed(_too_few(version, engines, needed, order.policy), engines, errors)
+            raise FleetUpdateFailed(_too_few(order, engines, needed, story.broke), engines, errors)
         sizes = [bucket.num_bytes for bucket in order.filling.plan.buckets]
         return FleetResult(
             weight_version=version,
@@ -309,10 +314,23 @@ class Fleet:
             return member.stub.rpc.FenceEngine.future(request, timeout=FENCE_S)
 
         reachable = [member for member in left_behind if story.state(member) is not EngineState.UNREACHABLE]
-        story.fenced.update(ask(reachable, fencing).answers().good)
+        give_up = time.monotonic() + FENCE_S
+        while reachable:
+            answers = ask(reachable, fencing).answers()
+            story.fenced.update(answers.good)
+            reachable = [m for m, error in answers.failed.items() if error.reason == UPDATE_IN_PROGRESS]
+            if time.monotonic() > give_up:
+                break
+            time.sleep(FENCE_AGAIN_S if reachable else 0.0)
         for member, why in left_behind.items():
             logger.warning("%s does not serve version %s: %s", member.target, version, why)
-            self._on_fenced(member.target, why)
+            self._tell(member.target, why)
+
+    def _tell(self, target: str, why: str) -> None:
+        try:
+            self._on_fenced(target, why)
+        except Exception:  # somebody else's code, which must not cost the result
+            logger.exception("on_fenced failed for %s", target)
 
     # Tensors.
 
@@ -364,10 +382,12 @@ def _serves(status: pb.GetStatusResponse, version: str) -> bool:
     return status.weight_version == version and status.state not in OUT_OF_STEP
 
 
-def _too_few(version: str, engines: Mapping[str, EngineResult], needed: int, policy: Policy) -> str:
+def _too_few(order: Order, engines: Mapping[str, EngineResult], needed: int, broke: str) -> str:
+    version = order.header.weight_version
     reached = sum(engine.state is EngineState.PUBLISHED for engine in engines.values())
     problems = [f"{engine.target}: {engine.error}" for engine in engines.values() if engine.error]
     shown = "; ".join(problems[:MAX_SHOWN]) + (f"; and {len(problems) - MAX_SHOWN} more" * (len(problems) > MAX_SHOWN))
     if not engines:
         return f"version {version!r} was not published: the fleet has no member"
-    return f"version {version!r} was not published ({policy}: {reached} of {needed} engines took it): {shown}"
+    took = f"{order.policy}: {reached} of {needed} engines took it"
+    return f"version {version!r} was not published ({took}): {shown or broke}"

@@ -60,8 +60,8 @@ class Group(Protocol):
         """Close every connection."""
 
 
-MakeGroup = Callable[[str, int, str, float], Group]
-"""Name, world size, backend and seconds -> a group that is not joined yet."""
+MakeGroup = Callable[[str, int, str, float, float], Group]
+"""Name, world size, backend, seconds to join in and seconds for one broadcast -> a group that is not joined yet."""
 
 
 class NotJoined(WeightSyncError):
@@ -89,12 +89,13 @@ class FleetGroup:
         """The group of exactly these lives; raises ``NotJoined``."""
         backend = _backend(members, device)
         lives = [member.life for member in members]
-        if self._group is not None and self._lives == lives and self._group.backend == backend:
-            return self._group
+        group = self._group
+        if group is not None and (self._lives, group.backend) == (lives, backend) and _are_in(group, members):
+            return group
         self.leave()
-        self._group = self._built(members, backend, give_up)
+        group = self._group = self._built(members, backend, give_up)
         self._members, self._lives = list(members), lives
-        return self._group
+        return group
 
     def drop(self) -> None:
         """Something broke: close it; the sidecars have left, or do so when they hear of it."""
@@ -111,18 +112,26 @@ class FleetGroup:
     def _built(self, members: Sequence[Member], backend: str, give_up: float) -> Group:
         seconds = min(self._join_timeout_s, left(give_up))
         world_size = 1 + sum(member.engine.tp_size for member in members)
-        group = self._make(f"weight-sync-{secrets.token_hex(8)}", world_size, backend, self._timeout_s)
         address = self._address or address_towards(members[0].target)
+        name = f"weight-sync-{secrets.token_hex(8)}"
+        group = self._make(name, world_size, backend, seconds, self._timeout_s)
         asking = ask(members, _joining(members, group, address, world_size, seconds))
         broken = _join(group, asking, time.monotonic() + seconds)
-        answers = asking.answers() if broken is None else None
-        if answers is not None and not answers.failed:
+        first = asking.failures()
+        if broken is not None:
+            group.close()  # what the engines wait for ends with it, or with the join's time
+        failed = asking.answers().failed
+        if broken is None and not failed:
             return group
-        group.close()  # first: what the engines wait for ends with it
-        failed = (answers or asking.answers()).failed
-        _leave(members, group.name)
-        blamed = {member: error for member, error in failed.items() if not _is_victim(error)} or failed
-        raise NotJoined(f"group {group.name} was not joined by all: {broken or _first(blamed)}", blamed)
+        group.close()
+        _leave(members, name)
+        blamed = _to_blame(first) or _to_blame(failed) or failed
+        raise NotJoined(f"group {name} was not joined by all: {_first(blamed) or broken}", blamed)
+
+
+def _are_in(group: Group, members: Sequence[Member]) -> bool:
+    """A sidecar that was restarted knows of no group, whatever its engine is in."""
+    return all(member.group_name == group.name for member in members)
 
 
 def _joining(
@@ -181,9 +190,14 @@ def _backend(members: Sequence[Member], device: torch.device) -> str:
     return NCCL if on_gpus else GLOO
 
 
-def _is_victim(error: WeightSyncError) -> bool:
-    """Whether it only waited for another one."""
-    return error.reason in ("ENGINE_REFUSED", "ENGINE_TIMEOUT", "ENGINE_LOST") or not error.reason
+def _to_blame(failed: dict[Member, WeightSyncError]) -> dict[Member, WeightSyncError]:
+    """Without those that only waited for another one."""
+    return {member: error for member, error in failed.items() if not _only_waited(error)}
+
+
+def _only_waited(error: WeightSyncError) -> bool:
+    waited = error.reason in ("ENGINE_REFUSED", "ENGINE_TIMEOUT", "UPDATE_IN_PROGRESS")
+    return waited or (type(error) is WeightSyncError and not error.reason)  # its deadline
 
 
 def _first(failed: dict[Member, WeightSyncError]) -> str:
@@ -197,9 +211,9 @@ def address_towards(target: str) -> str:
         return "127.0.0.1"
     try:
         found = socket.getaddrinfo(host.strip("[]"), DISCARD_PORT, type=socket.SOCK_DGRAM)
-    except socket.gaierror as error:
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as way:
+            way.connect(address)  # of a datagram socket: nothing is sent
+            return str(way.getsockname()[0])
+    except OSError as error:
         raise ValueError(f"{target} shows no way to its host ({error}): say Fleet(address=...), of this one") from error
-    family, kind, protocol, _, address = found[0]
-    with socket.socket(family, kind, protocol) as way:
-        way.connect(address)  # of a datagram socket: nothing is sent
-        return str(way.getsockname()[0])

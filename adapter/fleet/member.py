@@ -33,6 +33,8 @@ class Member:
         self.stub = SidecarStub(target, credentials)
         self.engine = pb.EngineInfo()
         """As of the last look."""
+        self.group_name = ""
+        """Of the group that the engine is in, as of the last look."""
         self.knows: set[str] = set()
         """Digests of manifests that its sidecar has taken."""
 
@@ -119,7 +121,7 @@ def left(give_up: float) -> float:
 
 def _is_done(call: grpc.Future[A], give_up: float) -> bool:
     """Whether it is by then."""
-    with suppress(grpc.FutureTimeoutError):
+    with suppress(grpc.FutureTimeoutError, grpc.FutureCancelledError):
         call.exception(timeout=left(give_up))
     return call.done()
 

@@ -3,14 +3,33 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from adapter.errors import EngineUnreachable, SidecarUnreachable, UpdateAborted, UpdateFailed, WeightSyncError
+from adapter.errors import (
+    IncompatibleSidecar,
+    NotAllowed,
+    UpdateAborted,
+    UpdateFailed,
+    UpdateRefused,
+    UpdateStillApplying,
+    WeightSyncError,
+)
 from adapter.fleet.attempt import Try
 from adapter.fleet.member import Member
 from adapter.fleet.result import EngineResult, EngineState
 from sidecar.v1 import weight_sync_pb2 as pb
 
-# In the words of SGLang and of this package: it was hit by another member's end, and may do better without that one.
-HIT_BY_ANOTHER = ("Failed to receive weights", "partially updated", "aborted update", "was not published")
+# In the words of gloo, NCCL and the sidecar: it was hit by another member's end, and may do better without that one.
+# Not in SGLang's "partially updated", which it says of its own load as well.
+HIT_BY_ANOTHER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL error",
+    "aborted update",
+    "was not published",
+)
+
+
+TOOK_NOTHING = (UpdateRefused, UpdateAborted, IncompatibleSidecar, NotAllowed)
 
 
 @dataclass(slots=True)
@@ -25,6 +44,8 @@ class Story:
     attempts: int = 0
     decided: bool = False
     """Whether the version is published."""
+    broke: str = ""
+    """Why the last try's group broke, if it did."""
     seconds: dict[str, float] = field(default_factory=dict)
     _waited: dict[tuple[Member, str], float] = field(default_factory=dict)
 
@@ -32,6 +53,7 @@ class Story:
         """Another try has ended."""
         self.attempts += 1
         self.decided |= one.decided
+        self.broke = one.broke
         self.failed.update(one.failed)
         self.published.update(one.published)
         self.untouched |= one.untouched
@@ -53,11 +75,11 @@ class Story:
         if member in self.published:
             return EngineState.PUBLISHED
         error = self.failed.get(member)
-        if isinstance(error, UpdateFailed):
+        if isinstance(error, UpdateFailed | UpdateStillApplying):
             return EngineState.DIRTY
-        if isinstance(error, SidecarUnreachable | EngineUnreachable):
-            return EngineState.UNREACHABLE
-        return EngineState.UNTOUCHED
+        if error is None or isinstance(error, TOOK_NOTHING):
+            return EngineState.UNTOUCHED
+        return EngineState.UNREACHABLE
 
     def results(self) -> dict[str, EngineResult]:
         """Of all of them, by target."""

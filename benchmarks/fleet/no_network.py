@@ -12,7 +12,7 @@ ANY_PORT = 29500
 class NoNetwork:
     """In place of ``BroadcastGroup``; a ``MakeGroup``."""
 
-    def __init__(self, name: str, world_size: int, backend: str, timeout_s: float) -> None:
+    def __init__(self, name: str, world_size: int, backend: str, join_s: float, timeout_s: float) -> None:
         self.name = name
         self.port = ANY_PORT
         self.backend = backend

@@ -19,7 +19,7 @@ NUM_TOKENS = 6
 PAUSE_S = 0.05
 LOOK_EVERY_S = 0.1
 # A request may wait for as long as its engine is paused.
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
