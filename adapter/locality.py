@@ -27,9 +27,10 @@ def shared_memory_id() -> str:
 def shares_memory(engine: pb.EngineInfo, device: torch.device | None) -> bool:
     """Whether this process's memory (on ``device``, by default the current GPU) can be opened by the engine's ranks.
 
-    The same on every rank of a trainer. On a GPU of the engine it is said to be so whatever else is in the way: then
-    nothing but shared memory can work, and the sidecar says what is missing. So it is of an engine of several nodes,
-    whose ranks elsewhere cannot be seen from the sidecar, and where nothing is known.
+    Each rank of a trainer answers for itself; one whose ranks may differ names the transport. On a GPU of the engine it
+    is said to be so whatever else is in the way: then nothing but shared memory can work, and the sidecar says what is
+    missing. So it is of an engine of several nodes, whose ranks elsewhere cannot be seen from the sidecar, and where
+    nothing is known.
     """
     if engine.num_nodes > 1:
         return True

@@ -7,9 +7,9 @@
     left      a predecessor has paused generation and may have written weights: dirty until ``recover`` is through,
               which lets generation go on where no weight was written, and otherwise sees that it is held
 
-A complete update leads from any of them to "in step"; a restart leads from any to "unsynced". Nothing else leads out
-of dirty or fenced. Invariant: the journal says "begun" whenever a SIGKILL of this process would leave the engine in
-between.
+A complete update leads from any of them to "in step"; a restart of the engine leads from any to "unsynced". Nothing
+else leads out of dirty; a restart of the sidecar leads out of fenced. Invariant: the journal says "begun" whenever a
+SIGKILL of this process would leave the engine in between.
 """
 
 import logging

@@ -8,6 +8,7 @@ result, and whoever listens (``on_fenced``), is told.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ UPDATE_IN_PROGRESS = "UPDATE_IN_PROGRESS"
 MAX_TRIES = 3
 MAX_REASON = 500
 MAX_SHOWN = 5
-MAX_VERSION_IN_ID = 100
+MAX_VERSION_IN_ID, MAX_ID_TRIED = 100, 120
 OUT_OF_STEP = (pb.SIDECAR_STATE_DIRTY, pb.SIDECAR_STATE_UNSYNCED, pb.SIDECAR_STATE_FENCED)
 OnFenced = Callable[[str, str], None]
 """Target and reason: for a router that is to be told."""
@@ -106,7 +107,7 @@ class Fleet:
         self._group = FleetGroup(address, patience, transfer_timeout, make_group)
         self._digests = Recent[Plan, str]()
         self._members: dict[str, Member] = {}
-        self._num_sent = 0
+        self._num_sent, self._name = 0, secrets.token_hex(4)
         self._last = pb.UpdateHeader()
         """Of the version that was published last."""
         self.version = ""
@@ -240,7 +241,7 @@ class Fleet:
             take_part(filling.forgo)
 
     def _bring(self, order: Order, look: Answers[pb.GetStatusResponse]) -> FleetResult:
-        story = Story(look.failed)
+        story = Story(look.failed, untouched=set(look.good))
         needed = max(1, order.policy.needed(len(look.good) + len(look.failed)))
         self._try_until_enough(order, story, list(look.good), needed)
         return self._told(order, story, needed)
@@ -342,9 +343,9 @@ class Fleet:
         return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
     def _new_id(self, version: str) -> str:
-        """Another one for every update: a version that is brought again to whoever lacks it is another update."""
+        """Another one for every update, of any trainer: a version that is brought again is another update."""
         self._num_sent += 1
-        return f"{version[:MAX_VERSION_IN_ID]} #{self._num_sent}"
+        return f"{version[:MAX_VERSION_IN_ID]} #{self._name}-{self._num_sent}"
 
 
 @dataclass(slots=True)
@@ -363,7 +364,7 @@ class Order:
         header.CopyFrom(self.header)
         header.group_name = group_name
         if number:
-            header.update_id = f"{header.update_id[:MAX_VERSION_IN_ID]} try {number + 1}"
+            header.update_id = f"{header.update_id[-MAX_ID_TRIED:]} try {number + 1}"
         return header
 
 

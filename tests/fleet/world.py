@@ -82,7 +82,8 @@ class Site:
 
     def _engine_config(self) -> EngineConfig:
         model = tiny_model.write_config(self.workdir / "model")
-        config = cpu_engine(self.workdir, model)
+        # What is cached, or batched, is rounded in other ways: in bfloat16 that turns a token now and then.
+        config = cpu_engine(self.workdir, model, extra_args=("--dtype", "float32"))
         return dataclasses.replace(
             config,
             host="0.0.0.0",
