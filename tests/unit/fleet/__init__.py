@@ -1,0 +1,1 @@
+"""The parts of a fleet, each without a network."""
