@@ -30,6 +30,8 @@ HIT_BY_ANOTHER = (
 
 
 TOOK_NOTHING = (UpdateRefused, UpdateAborted, IncompatibleSidecar, NotAllowed)
+DIED = ("ENGINE_LOST", "ENGINE_RESTARTED", "ENGINE_TIMEOUT")
+"""Of an update that ended with its engine, or whose engine does not answer."""
 
 
 @dataclass(slots=True)
@@ -77,7 +79,7 @@ class Story:
         error = self.failed.get(member)
         if isinstance(error, UpdateFailed | UpdateStillApplying):
             return EngineState.DIRTY
-        if error is None or isinstance(error, TOOK_NOTHING):
+        if error is None or (isinstance(error, TOOK_NOTHING) and error.reason not in DIED):
             return EngineState.UNTOUCHED
         return EngineState.UNREACHABLE
 

@@ -35,7 +35,7 @@ class Nothing:
 class NoGroup:
     """In place of torch.distributed's."""
 
-    def __init__(self, name: str, world_size: int, backend: str, timeout_s: float) -> None:
+    def __init__(self, name: str, world_size: int, backend: str, join_s: float, timeout_s: float) -> None:
         self.name, self.backend, self.port = name, backend, 29500
 
     def join(self) -> None:
