@@ -11,15 +11,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import grpc
 
 from adapter.errors import WeightSyncError, from_rpc_error
 from adapter.exports import Export
+from adapter.filled import FilledBuckets
 from adapter.known_manifest import KnownManifests
 from adapter.ledger import ExportLedger
-from adapter.planner import Plan
 from adapter.progress import Progress
 from adapter.sidecar_stub import SidecarStub
 from sidecar.v1 import weight_sync_pb2 as pb
@@ -27,24 +27,8 @@ from sidecar.v1 import weight_sync_pb2 as pb
 ABORT_TIMEOUT_S = 10.0
 
 
-class Buckets(Protocol):
-    """Where the bytes of an update come from: staging buffers, or memory that holds them already."""
-
-    plan: Plan
-    depth: int
-    """How many buckets may be out at a time."""
-
-    def fill(self, bucket: int) -> Export:
-        """The memory of this bucket, with its bytes in it; buckets are asked for in order, once."""
-
-    def expect_end(self) -> None:
-        """Raise ``ValueError`` unless the tensors are those of the plan, no more."""
-
-    def check_sources(self) -> None:
-        """After the engine has read: raise ``ValueError`` if memory that it read from was not there to the end."""
-
-    def forgo(self) -> None:
-        """Take part in what other ranks wait for of the tensors that were not brought; nothing once a gather failed."""
+Buckets: TypeAlias = FilledBuckets[Export]
+"""Staging buffers, or memory that holds the bytes already."""
 
 
 @dataclass(frozen=True, slots=True)

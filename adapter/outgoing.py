@@ -13,6 +13,7 @@ import torch
 
 from adapter.checks import are_sound, bytes_needed, check_finite, check_tensors, refuse_forked_cuda
 from adapter.exportable import segment_bytes
+from adapter.filled import FilledBuckets
 from adapter.looks import Form, form_of, plain_tensors
 from adapter.planner import Plan, TensorSpec, plan
 from adapter.recent import Recent
@@ -21,7 +22,6 @@ from adapter.sources.module import lazy_tensors
 from adapter.staging import (
     Buffers,
     CopiedBuckets,
-    FilledBuckets,
     R,
     StagedBuckets,
     StagingBuffers,

@@ -17,6 +17,7 @@ from adapter.copying import copy_all
 from adapter.errors import WeightSyncError
 from adapter.exportable import allocate_flat, give_back
 from adapter.exports import Export, export_of, let_all_go
+from adapter.filled import R_co, Region
 from adapter.planner import Bucket, Placement, Plan, TensorSpec
 from adapter.sources.lazy import LazyTensor, PlainTensor, Sendable
 from adapter.sources.module import as_lazy
@@ -26,15 +27,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_BUFFERS = 2
 
 
-class Region(Protocol):
-    """Memory that a bucket is written to."""
-
-    flat: torch.Tensor
-    """uint8, one-dimensional."""
-
-
 R = TypeVar("R", bound=Region)
-R_co = TypeVar("R_co", bound=Region, covariant=True)
 
 
 class Buffers(Protocol[R_co]):
@@ -47,26 +40,6 @@ class Buffers(Protocol[R_co]):
 
     def views(self, plan: Plan, bucket: int) -> list[torch.Tensor]:
         """Where the tensors of this bucket go in it."""
-
-
-class FilledBuckets(Protocol[R_co]):
-    """The buckets of one update, filled when they are asked for."""
-
-    plan: Plan
-    depth: int
-    """How many buckets may be out at a time."""
-
-    def fill(self, bucket: int) -> R_co:
-        """A region with this bucket's bytes; buckets are asked for in order, once."""
-
-    def expect_end(self) -> None:
-        """Raise ``ValueError`` unless the tensors are those of the plan, no more."""
-
-    def check_sources(self) -> None:
-        """After they were read: raise ``ValueError`` if memory was not there to the end."""
-
-    def forgo(self) -> None:
-        """Take part in what other ranks wait for of the tensors that were not brought."""
 
 
 def buffer_bytes(plan: Plan, num_buffers: int) -> list[int]:

@@ -24,13 +24,13 @@ import grpc
 from adapter import wire
 from adapter.bucketed import in_words
 from adapter.errors import GroupBroken, SidecarUnreachable, UpdateFailed, WeightSyncError
+from adapter.filled import FilledBuckets, Region
 from adapter.fleet.group import Group, Sending
 from adapter.fleet.member import Answers, Asking, Member, ask, left, metadata
 from adapter.known_manifest import MANIFEST_UNKNOWN
 from adapter.planner import Plan
 from adapter.process_group import POLL_S
 from adapter.recent import Recent
-from adapter.staging import FilledBuckets, Region
 from sidecar.v1 import weight_sync_pb2 as pb
 
 A = TypeVar("A")

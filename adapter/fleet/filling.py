@@ -6,10 +6,10 @@ other ranks do; so tensors that are gathered can be sent once, and others as oft
 
 import torch
 
+from adapter.filled import FilledBuckets
 from adapter.fleet.regions import PlainRegion, PlainRegions
 from adapter.outgoing import Outgoing, WholeTensors
 from adapter.planner import Plan
-from adapter.staging import FilledBuckets
 
 
 class Filling:

@@ -56,11 +56,6 @@ class Answers(Generic[A]):
     failed: dict[Member, WeightSyncError] = field(default_factory=dict)
     seconds: dict[Member, float] = field(default_factory=dict)
 
-    @property
-    def slowest(self) -> Member | None:
-        """Who was waited for longest."""
-        return max(self.seconds, key=self.seconds.__getitem__, default=None)
-
 
 class Asking(Generic[A]):
     """Calls to many members that are under way."""
