@@ -9,7 +9,9 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from sidecar.manifest import ITEM_SIZES
 from tests.fakes import Call
+from tests.fakes.groups import DESTROY, INIT, RECEIVE
 from tests.fuzz.payload_check import check_bucket, check_replay
 
 LOAD, LORA_LOAD = "/update_weights_from_tensor", "/load_lora_adapter_from_tensors"
@@ -18,6 +20,8 @@ HEADERS = {"host", "accept", "content-type", "content-length"}
 SELECTORS = {"all", "target", "draft"}
 REPLAY_FORMAT = "adapter.loader.load"
 KEPT_AT_MOST = 2000
+PROBE = "weight-sync-probe"
+"""The name of a group that no engine has: what it answers tells its release."""
 LONGEST = 4096
 """Whatever is longer must not get to the engine."""
 
@@ -29,6 +33,8 @@ class Said:
     versions: dict[str, None] = field(default_factory=dict)
     adapters: dict[str, None] = field(default_factory=dict)
     folders: dict[str, None] = field(default_factory=dict)
+    groups: dict[str, None] = field(default_factory=dict)
+    hosts: dict[str, None] = field(default_factory=dict)
 
     def note(self, request: Message) -> None:
         """Remember what a request says."""
@@ -36,6 +42,9 @@ class Said:
         self._keep(self.versions, getattr(header, "weight_version", ""))
         self._keep(self.adapters, getattr(request, "lora_name", ""))
         self._keep(self.folders, getattr(request, "model_path", ""))
+        group = getattr(request, "group", request)
+        self._keep(self.groups, getattr(group, "group_name", ""))
+        self._keep(self.hosts, getattr(group, "master_address", ""))
 
     def _keep(self, known: dict[str, None], text: str) -> None:
         if text and len(text) <= LONGEST:
@@ -71,7 +80,9 @@ class BodyCheck:
         checks: dict[str, Callable[[Mapping[str, Any]], None]] = {
             "/pause_generation": _pause,
             "/begin_weight_update": _begin,
-            "/update_weights_from_distributed": _probe,
+            INIT: self._join,
+            DESTROY: self._leave,
+            RECEIVE: self._receive,
             "/update_weights_from_disk": self._disk,
             "/update_weight_version": self._version,
             "/unload_lora_adapter": self._unload,
@@ -107,6 +118,33 @@ class BodyCheck:
         assert body["load_format"] in ("flattened_bucket", REPLAY_FORMAT)
         check = check_replay if body["load_format"] == REPLAY_FORMAT else check_bucket
         self._payloads(body["serialized_named_tensors"], self.tp_size, check)
+
+    def _join(self, body: Mapping[str, Any]) -> None:
+        assert set(body) == {"master_address", "master_port", "rank_offset", "world_size", "group_name", "backend"}
+        assert body["group_name"] in self.said.groups
+        assert body["master_address"] in self.said.hosts
+        assert 1 <= body["master_port"] <= 65535
+        assert 1 <= body["rank_offset"] <= body["world_size"] - self.tp_size
+        assert body["backend"] in ("gloo", "nccl")
+
+    def _leave(self, body: Mapping[str, Any]) -> None:
+        assert body["group_name"] in self.said.groups
+        _equal(body, {"group_name": body["group_name"]})
+
+    def _receive(self, body: Mapping[str, Any]) -> None:
+        if body["group_name"] == PROBE:
+            nothing: dict[str, Any] = {"names": [], "dtypes": [], "shapes": []}
+            _equal(body, nothing | {"group_name": PROBE, "flush_cache": False})
+            return
+        described = {"names", "dtypes", "shapes"}
+        assert set(body) - {"selector"} == described | {"group_name", "load_format", "flush_cache"}
+        assert body["group_name"] in self.said.groups
+        assert body["load_format"] == "flattened_bucket"
+        assert body["flush_cache"] is False
+        assert body.get("selector", "all") in SELECTORS
+        assert len({len(body[part]) for part in described}) == 1
+        assert body["names"]
+        assert set(body["dtypes"]) <= set(ITEM_SIZES)
 
     def _load_adapter(self, body: Mapping[str, Any]) -> None:
         tensors = "serialized_named_tensors" if self.by_rank else "serialized_tensors"
@@ -147,11 +185,6 @@ def _pause(body: Mapping[str, Any]) -> None:
 def _begin(body: Mapping[str, Any]) -> None:
     assert set(body) == {"selector"}
     assert body["selector"] in SELECTORS
-
-
-def _probe(body: Mapping[str, Any]) -> None:
-    nothing: dict[str, Any] = {"names": [], "dtypes": [], "shapes": []}
-    _equal(body, nothing | {"group_name": "weight-sync-probe", "flush_cache": False})
 
 
 def _empty(body: Mapping[str, Any]) -> None:

@@ -5,8 +5,9 @@ hold an update open, which are waited for at the end.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from google.protobuf.message import Message
 
@@ -53,6 +54,7 @@ class Scenarios:
             (self._garbage, 12),
             (self._one_call, 6),
             (self._bucketed, 4),
+            (self._over_a_group, 3),
             (self._repeated, 2),
             (self._disk, 1),
             (self._adapter, 3),
@@ -111,14 +113,34 @@ class Scenarios:
     def _bucketed(self) -> Waves:
         num_buckets, update_id = self._rng.choice((1, 2, 3)), self._valid.new_id()
         spoilt = self._is_spoilt()
-        begins = self._valid.begin(update_id, self._valid.manifest(num_buckets), self._valid.options())
+        options = self._valid.options()
+        begins = self._valid.begin(update_id, self._valid.manifest(num_buckets), options)
         waves = [self._of_all_ranks("BeginUpdate", begins, spoilt)]
         if self._rng.random() < 0.4:
             holds = [pb.HoldUpdateRequest(update_id=update_id, rank=rank) for rank in range(self._tp_size)]
             waves.append([replace(self._request("HoldUpdate", hold, spoilt), holds=True) for hold in holds])
         pushes = [self._pushes(update_id, bucket) for bucket in range(num_buckets)]
         waves += [self._of_all_ranks("PushBucket", push, spoilt) for push in pushes]
-        waves.append(self._ending(update_id, spoilt))
+        waves += self._ending(update_id, options, spoilt)
+        return self._in_some_order(waves)
+
+    def _over_a_group(self) -> Waves:
+        """One rank or all take part; the group is left, or not."""
+        update_id, name, spoilt = self._valid.new_id(), self._valid.group_name(), self._is_spoilt()
+        options = {**self._valid.options(), "group_name": name}
+        begins = self._valid.begin(update_id, self._valid.dense_manifest(self._rng.choice((1, 2))), options)
+        waves = [
+            [self._request("InitWeightsUpdateGroup", self._valid.join(name), spoilt)],
+            self._of_all_ranks("BeginUpdate", begins, spoilt),
+            self._of_all_ranks("PrepareUpdate", _of_rank(pb.PrepareUpdateRequest, update_id), spoilt),
+            *self._ending(update_id, options, spoilt),
+        ]
+        if self._rng.random() < 0.8:
+            leave = pb.DestroyWeightsUpdateGroupRequest(group_name=name)
+            waves.append([self._request("DestroyWeightsUpdateGroup", leave, spoilt)])
+        return self._in_some_order(waves)
+
+    def _in_some_order(self, waves: Waves) -> Waves:
         if self._rng.random() < 0.15:
             self._rng.shuffle(waves)
         return waves
@@ -128,12 +150,14 @@ class Scenarios:
             update_id=update_id, rank=rank, bucket=bucket, handle=self._valid.handle(rank, bucket)
         )
 
-    def _ending(self, update_id: str, spoilt: bool) -> Wave:
+    def _ending(self, update_id: str, options: Mapping[str, Any], spoilt: bool) -> Waves:
         if self._rng.random() < 0.2:
             abort = pb.AbortUpdateRequest(update_id=update_id, rank=0, reason="enough")
-            return [self._request("AbortUpdate", abort, spoilt)]
-        commits = [pb.CommitUpdateRequest(update_id=update_id, rank=rank) for rank in range(self._tp_size)]
-        return [self._request("CommitUpdate", commit, spoilt) for commit in commits]
+            return [[self._request("AbortUpdate", abort, spoilt)]]
+        waves = [self._of_all_ranks("CommitUpdate", _of_rank(pb.CommitUpdateRequest, update_id), spoilt)]
+        if options.get("two_phase") and self._rng.random() < 0.8:
+            waves.append(self._of_all_ranks("PublishUpdate", _of_rank(pb.PublishUpdateRequest, update_id), spoilt))
+        return waves
 
     def _disk(self) -> Waves:
         return [[self._request("UpdateWeightsFromDisk", self._valid.disk(self._valid.new_id()), self._is_spoilt())]]
@@ -161,3 +185,7 @@ class Scenarios:
             self._mutator.change(message)
         wire = message.SerializeToString()[:MAX_WIRE]
         return Request(method, wire, SPOILT_S if spoilt else HEALTHY_S)
+
+
+def _of_rank(kind: Callable[..., Message], update_id: str) -> Callable[[int], Message]:
+    return lambda rank: kind(update_id=update_id, rank=rank)

@@ -20,13 +20,18 @@ METHODS: dict[str, type[Message]] = {
     "BeginUpdate": pb.BeginUpdateRequest,
     "HoldUpdate": pb.HoldUpdateRequest,
     "PushBucket": pb.PushBucketRequest,
+    "PrepareUpdate": pb.PrepareUpdateRequest,
     "CommitUpdate": pb.CommitUpdateRequest,
+    "PublishUpdate": pb.PublishUpdateRequest,
     "AbortUpdate": pb.AbortUpdateRequest,
     "UpdateWeightsFromDisk": pb.UpdateWeightsFromDiskRequest,
     "CheckManifest": pb.CheckManifestRequest,
     "LoadLoraAdapter": pb.LoadLoraAdapterRequest,
     "UnloadLoraAdapter": pb.UnloadLoraAdapterRequest,
     "GetUpdate": pb.GetUpdateRequest,
+    "InitWeightsUpdateGroup": pb.InitWeightsUpdateGroupRequest,
+    "DestroyWeightsUpdateGroup": pb.DestroyWeightsUpdateGroupRequest,
+    "FenceEngine": pb.FenceEngineRequest,
 }
 BUCKET_BYTES = 4096
 ALIGNMENT = 64
@@ -95,7 +100,7 @@ class Valid:
                 return pb.PushBucketRequest(update_id=update_id, rank=rank, bucket=0, handle=self.handle(rank, 0))
             case "AbortUpdate":
                 return pb.AbortUpdateRequest(update_id=update_id, rank=rank, reason="a test's")
-            case "HoldUpdate" | "CommitUpdate":
+            case "HoldUpdate" | "PrepareUpdate" | "CommitUpdate" | "PublishUpdate":
                 return METHODS[method](update_id=update_id, rank=rank)
             case "UpdateWeightsFromDisk":
                 return self.disk(update_id)
@@ -107,6 +112,12 @@ class Valid:
                 return pb.UnloadLoraAdapterRequest(lora_name=f"adapter {self._rng.randrange(3)}")
             case "GetUpdate":
                 return pb.GetUpdateRequest(update_id=update_id)
+            case "InitWeightsUpdateGroup":
+                return self.join(self.group_name())
+            case "DestroyWeightsUpdateGroup":
+                return pb.DestroyWeightsUpdateGroupRequest(group_name=self.group_name())
+            case "FenceEngine":
+                return pb.FenceEngineRequest(reason="a test's", pause=self._rng.random() < 0.5)
             case _:
                 return METHODS[method]()
 
@@ -158,6 +169,34 @@ class Valid:
             handle=self.handle(rank, 0),
         )
 
+    # Groups.
+
+    def group_name(self) -> str:
+        """A new one, or, half the time, one of a few."""
+        return f"group {self._rng.randrange(4)}" if self._rng.random() < 0.5 else f"group of {self.new_id()}"
+
+    def join(self, name: str) -> pb.InitWeightsUpdateGroupRequest:
+        """Of the engine's ranks and a trainer; now and then over GPUs, which half of the engines have."""
+        group = pb.WeightsUpdateGroup(
+            group_name=name,
+            master_address="trainer",
+            master_port=29500,
+            rank_offset=1,
+            world_size=1 + self.facts.tp_size,
+            backend=self._rng.choice(("gloo", "gloo", "nccl")),
+        )
+        return pb.InitWeightsUpdateGroupRequest(group=group)
+
+    def dense_manifest(self, num_buckets: int) -> pb.Manifest:
+        """Whose tensors lie as a group carries them: one after the other, the largest elements first."""
+        manifest = pb.Manifest()
+        for number in range(num_buckets):
+            drawn = [self._tensor(f"model.layers.{number}.{place}") for place in range(self._rng.randint(1, 5))]
+            drawn.append((f"model.layers.{number}.last.weight", "float32", (3, 4)))
+            drawn.sort(key=lambda tensor: -ITEM_SIZES[tensor[1]])
+            self._fill(manifest.buckets.add(), drawn, alignment=1)
+        return manifest
+
     # Parts.
 
     def header(self, update_id: str, rank: int, options: dict[str, Any]) -> pb.UpdateHeader:
@@ -178,6 +217,8 @@ class Valid:
             options["selector"] = rng.choice(pb.Selector.values())
         if rng.random() < 0.1:
             options["keep_cache"] = True
+        if rng.random() < 0.1:
+            options["two_phase"] = True
         options["allow"] = pb.ManifestAllowance(unknown=["*"], missing=["model.*"] if rng.random() < 0.9 else [])
         return options
 
@@ -213,7 +254,9 @@ class Valid:
         return f"{name}.weight", self._rng.choice(list(ITEM_SIZES)), self._rng.choice(SHAPES)
 
     @staticmethod
-    def _fill(bucket: pb.BucketSpec, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
+    def _fill(
+        bucket: pb.BucketSpec, tensors: list[tuple[str, str, tuple[int, ...]]], alignment: int = ALIGNMENT
+    ) -> None:
         offset = 0
         for name, dtype, shape in tensors:
             size = prod(shape) * ITEM_SIZES[dtype]
@@ -224,8 +267,8 @@ class Valid:
                 byte_offset=offset,
                 size_bytes=size,
             )
-            offset = -(-(offset + size) // ALIGNMENT) * ALIGNMENT
-        bucket.size_bytes = max(offset, ALIGNMENT)
+            offset = -(-(offset + size) // alignment) * alignment
+        bucket.size_bytes = max(offset, alignment)
 
 
 def _factors(modules: list[str], r: int) -> list[tuple[str, tuple[int, int]]]:

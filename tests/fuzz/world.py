@@ -38,7 +38,7 @@ from tests.fuzz.valid import CHECKPOINT_SHAPE, CHECKPOINT_TENSORS, Facts
 
 TIMEOUTS = Timeouts(
     collect=0.5, pause=3.0, session=3.0, bucket=0.2, load=5.0, flush=0.3, verify=3.0, disk=5.0, publish=3.0, resume=3.0,
-    probe=3.0,
+    probe=3.0, group=3.0, decide=0.3,
 )  # fmt: skip
 
 
