@@ -1,8 +1,9 @@
 """``python -m benchmarks broadcast``: weights over torch.distributed to one real server, against a bare broadcast.
 
 The trainer is this process, on GPU 0; the server has the GPUs after it, so NCCL carries the bytes. On the CPU gloo
-does. A bare broadcast of the same buckets goes to a process of its own on the server's first GPU. Invariant: both are
-measured in one run, in turn, over groups that are joined and warm.
+does. A bare broadcast of the same buckets goes to a process of its own on the server's first GPU. Invariants: both are
+measured in one run, in turn, over groups that are joined and warm; and neither has anything on a GPU while the other is
+measured. A kernel that waits for its sender would take half of the GPU's time: two processes share one in slices.
 """
 
 import os
@@ -86,12 +87,12 @@ def _measure(
     total = sum(bucket.num_bytes for bucket in cut.buckets)
     number = options.warm_ups + options.repeats
     with (
-        _receiver(options.device, cut, number) as group,
+        _receiver(options.device, cut) as receiver,
         Fleet([target], bucket_bytes=bucket_bytes, device=device) as f,
     ):
         regions = [torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device) for bucket in cut.buckets]
         for repeat in range(number):
-            bare_s = _bare(group, regions)
+            bare_s = receiver.seconds(regions)
             _synchronise(device)
             began = time.perf_counter()
             result = f.update_weights(weights[repeat % 2], version=f"{bucket_bytes}-{repeat}")
@@ -111,51 +112,61 @@ def _measure(
     print(table(options.out), flush=True)
 
 
-def _bare(group: BroadcastGroup, regions: list[torch.Tensor]) -> float:
-    began = time.perf_counter()
-    wait_all([group.broadcast(region) for region in regions], time.monotonic() + START_S)
-    if regions[0].is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+class Receiver:
+    """A process that receives every bucket when it is told to, and does nothing with it."""
+
+    def __init__(self, group: BroadcastGroup, process: subprocess.Popen[str]) -> None:
+        self._group = group
+        self._process = process
+
+    def seconds(self, regions: list[torch.Tensor]) -> float:
+        """What sending these takes, from when both sides are awake."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        if not self._process.stdout.readline():
+            raise RuntimeError("the receiver of the bare broadcast has ended")
+        began = time.perf_counter()
+        wait_all([self._group.broadcast(region) for region in regions], time.monotonic() + START_S)
+        _synchronise(regions[0].device)
+        return time.perf_counter() - began
+
+
 @contextmanager
-def _receiver(device: str, cut: Plan, repeats: int) -> Iterator[BroadcastGroup]:
-    """Somebody who receives every bucket so many times, and does nothing with it."""
+def _receiver(device: str, cut: Plan) -> Iterator[Receiver]:
     group = BroadcastGroup("bare", 2, "nccl" if device == "cuda" else "gloo", START_S, START_S)
     sizes = ",".join(str(bucket.num_bytes) for bucket in cut.buckets)
-    command = [sys.executable, "-m", "benchmarks.broadcast", device, str(group.port), str(repeats), sizes]
+    command = [sys.executable, "-m", "benchmarks.broadcast", device, str(group.port), sizes]
     env = (
         {**os.environ, "CUDA_VISIBLE_DEVICES": "1", "NCCL_CUMEM_ENABLE": "0"} if device == "cuda" else dict(os.environ)
     )
-    with subprocess.Popen(command, env=env) as receiver:
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             group.join()
-            yield group
-            receiver.wait(START_S)
+            yield Receiver(group, process)
         finally:
-            receiver.kill()
+            process.kill()
             group.close()
 
 
-def receive(device: str, port: int, repeats: int, sizes: list[int]) -> None:
-    """The receiver's process."""
+def receive(device: str, port: int, sizes: list[int]) -> None:
+    """The receiver's process: for each line that comes, say that the receiving begins, and do it."""
     store = dist.TCPStore("127.0.0.1", port, 2, False, timedelta(seconds=START_S))  # type: ignore[attr-defined]
     group = join_group(store, "bare", 1, 2, "nccl" if device == "cuda" else "gloo", timedelta(seconds=START_S))
     where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
     regions = [torch.empty(size, dtype=torch.uint8, device=where) for size in sizes]
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
-    for _ in range(repeats):
+    for _ in sys.stdin:
+        print(flush=True)
         for region in regions:
             group.broadcast([region], options).wait()
         _synchronise(where)
-    dist.destroy_process_group(group)
 
 
 def table(folder: Path) -> str:
@@ -181,4 +192,4 @@ def table(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    receive(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), [int(size) for size in sys.argv[4].split(",")])
+    receive(sys.argv[1], int(sys.argv[2]), [int(size) for size in sys.argv[3].split(",")])
