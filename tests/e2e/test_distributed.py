@@ -5,13 +5,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from adapter import WeightSyncClient
 from adapter.demo import tiny_model
 from sidecar.v1 import weight_sync_pb2 as pb
-from tests.e2e.engines import SMALL_BUCKET_BYTES, Stack, on_every_engine
+from tests.e2e import sharded_trainer
+from tests.e2e.engines import SMALL_BUCKET_BYTES, Stack, on_every_engine, on_tp2
+from tests.fakes.gloo_ranks import gloo_ranks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -54,6 +57,19 @@ def test_one_bucket_is_one_post(stack: Stack) -> None:
         result = trainer.update_weights(tiny_model.random_weights(1), version=stack.new_version(), verify=True)
     assert result.num_posts == 1
     assert result.verification in ("consistent", "unavailable")
+
+
+@on_tp2
+def test_weights_cut_over_more_ranks_than_the_engine_has_arrive_whole_and_every_rank_hears_of_it(
+    stack: Stack, tmp_path: Path
+) -> None:
+    stack.update(5)
+    expected = stack.tokens(), stack.http.rank_checksums()
+    versions = [(seed, stack.new_version()) for seed in (6, 7, 5)]
+    with gloo_ranks(3, tmp_path) as ranks:
+        told = ranks.call(sharded_trainer.send, stack.target, versions, 1)
+    assert told == [[versions[0][1], "UpdateFailed", versions[2][1]]] * 3
+    assert (stack.tokens(), stack.http.rank_checksums()) == expected
 
 
 @on_every_engine
