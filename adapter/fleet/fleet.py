@@ -253,7 +253,9 @@ class Fleet:
             if not story.decided and len(pending) < needed:
                 return
             story.add(self._try(order, story.attempts, pending, 1 if story.decided else needed))
-            pending = list(self._look(story.worth_another_try(pending)).good)
+            look = self._look(story.worth_another_try(pending))
+            story.lost(look.failed)
+            pending = list(look.good)
 
     def _try(self, order: Order, number: int, members: list[Member], needed: int) -> Try:
         started = time.monotonic()

@@ -1,6 +1,6 @@
 """What a fleet's update comes to, over all its tries: every engine is in exactly one of the states of the result."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from adapter.errors import (
@@ -67,6 +67,12 @@ class Story:
         for step, members in one.waited.items():
             for member, seconds in members.items():
                 self._waited[member, step] = self._waited.get((member, step), 0.0) + seconds
+
+    def lost(self, failed: Mapping[Member, WeightSyncError]) -> None:
+        """Of those that would be tried again: who cannot be, and why. What a try said of its end is kept."""
+        for member in self.untouched.intersection(failed):
+            self.untouched.discard(member)
+            self.failed[member] = failed[member]
 
     def worth_another_try(self, members: Iterable[Member]) -> list[Member]:
         """Of those that were tried: who has not got it, and was not the one to blame."""

@@ -83,6 +83,16 @@ def test_whoever_was_let_go_or_hit_by_another_is_worth_another_try(three: Three)
     assert story.worth_another_try(three) == []
 
 
+def test_who_is_gone_before_the_next_try_is_unreachable_and_a_dirty_engine_stays_dirty(three: Three) -> None:
+    a, b, c = three
+    story = Story({})
+    story.add(Try(failed={a: UpdateFailed(HIT)}, untouched={b, c}))
+    gone = EngineUnreachable("no answer")
+    story.lost({a: gone, b: gone})
+    assert states(story) == {"a:1": EngineState.DIRTY, "b:1": EngineState.UNREACHABLE, "c:1": EngineState.UNTOUCHED}
+    assert story.results()["b:1"].error == "no answer"
+
+
 def test_the_slowest_is_the_one_that_one_step_took_longest_over_all_tries(three: Three) -> None:
     a, b, _ = three
     story = Story({})
