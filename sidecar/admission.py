@@ -1,4 +1,4 @@
-"""What is checked before an update may begin, and of a rank's memory before it counts as delivered.
+"""What is checked before an update may begin, of a rank's memory before it counts as delivered, and of its commit.
 
 Invariant: nothing that fails here reaches the engine, because a wrong handle kills its scheduler.
 """
@@ -12,7 +12,7 @@ from sidecar.errors import InvalidRequest, Reason, UnsuitableEngine
 from sidecar.manifest import Manifest
 from sidecar.manifest_check import Report
 from sidecar.memory import CudaIpcMemory, Memory, Placement
-from sidecar.update import Delivery, Header, PauseMode, Selector
+from sidecar.update import Delivery, Header, PauseMode, Selector, Update
 
 
 def check_suits_engine(header: Header, info: EngineInfo, num_buckets: int) -> None:
@@ -51,6 +51,25 @@ def check_report(report: Report, header: Header) -> None:
     """Nothing that was found in the manifest forbids the update."""
     if report.errors:
         raise refusals.manifest_mismatch(header, [finding.message for finding in report.errors], report.sources)
+
+
+def check_repeated(update: Update, rank: int, handles: Mapping[int, Memory], epoch: int) -> None:
+    """Only the very call that was made before gets its answer again: other memory means other weights."""
+    before = update.deliveries.get(rank)
+    other = before is None or any(before.handles.get(bucket) != memory for bucket, memory in handles.items())
+    if other or update.epoch != epoch:
+        raise refusals.id_reused(update, rank)
+
+
+def check_commit(update: Update, rank: int) -> None:
+    """It comes in its turn: after all buckets, or where they are broadcast, once the engine waits for them."""
+    if update.header.group_name:
+        if not update.receiving:
+            raise refusals.not_prepared(update, rank)
+        return
+    unpushed = [bucket for bucket in range(update.num_buckets) if rank in update.waiting_for(bucket)]
+    if unpushed:
+        raise refusals.unpushed_buckets(update, rank, unpushed)
 
 
 def check_every_bucket_has_memory(handles: Mapping[int, Memory], manifest: Manifest, rank: int) -> None:

@@ -12,13 +12,13 @@ The only writer of updates. Lives on one event loop, so nothing here is locked. 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 from sidecar import admission, applier, history, membership, recovery, refusals, standing
 from sidecar.applier import Applier
-from sidecar.callers import WHOLE_UPDATE, Callers
+from sidecar.callers import WHOLE_UPDATE
 from sidecar.config import Timeouts
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import SyncError, UpdateConflict
@@ -31,6 +31,7 @@ from sidecar.manifest_store import KnownManifest
 from sidecar.membership import Membership
 from sidecar.memory import Memory, is_kept
 from sidecar.payload import BucketPayload
+from sidecar.place import Place
 from sidecar.ranks import Ranks
 from sidecar.recovery import Recovery
 from sidecar.references import References
@@ -39,13 +40,10 @@ from sidecar.served import ServedWeights
 from sidecar.standing import Standing
 from sidecar.tracing import TRACE, Spans
 from sidecar.update import Header, Phase, Update, UpdateState
+from sidecar.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-LATENESS_S = 1.0
-"""A call that breaks off so close to its deadline met that: clients count from when they sent, we from its arrival."""
 BREAK_OFF_S = 5.0
 """At the end of a drain, for an update that cannot complete to be broken off in order."""
 
@@ -80,27 +78,23 @@ class Coordinator:
         self._spans = spans or Spans()
         self._updates = UpdateHistory()
         self.references = References()
-        self._current: Update | None = None
         self._payloads: tuple[BucketPayload, ...] = ()
-        self._callers = Callers()
         self._report_in_hand: tuple[object, Report] | None = None
         """Of the update in hand, by what it is about."""
         self._loaded_report: tuple[object, Report] | None = None
         """Of the last manifest that was committed."""
-        self._change = asyncio.Event()
-        self._over = asyncio.Event()
-        """Set once the update in hand has ended: most callers wait for nothing else."""
+        self._place = Place(self.changed)
+        self._waiting = Waiting(gone=self._caller_gone, late=self._collect_deadline)
         self._applying: asyncio.Task[None] | None = None
         self._collect_timer: asyncio.TimerHandle | None = None
         self._draining = False
-        self._claimed_by = ""
         self._served = ServedWeights(
             engine, journal or Journal(None), accept_checkpoint=accept_checkpoint, require_update=require_update
         )
         self._membership = Membership(engine, self._served.fence)
         self._applier = Applier(
             engine,
-            Ranks(self._until, timeouts),
+            Ranks(self._waiting.until, timeouts),
             self._membership,
             self._about_to_write,
             self.changed,
@@ -108,7 +102,7 @@ class Coordinator:
             self._spans,
         )
         self._recovery = Recovery(engine, self._served, self.changed)
-        self.standing = Standing(engine, self._served, lambda: (self._current, self._draining))
+        self.standing = Standing(engine, self._served, lambda: (self._place.update, self._draining))
 
     # What anyone may ask.
 
@@ -130,7 +124,7 @@ class Coordinator:
     @property
     def current(self) -> Update | None:
         """The update in hand."""
-        return self._current
+        return self._place.update
 
     @property
     def last(self) -> Update | None:
@@ -158,7 +152,7 @@ class Coordinator:
         update = await self._join(header, known, handles)
         update.wait_until(time.monotonic() + budget_s)
         if update.state.ended:
-            self._check_repeated(update, header.rank, handles)
+            admission.check_repeated(update, header.rank, handles, self._engine.epoch)
         else:
             for bucket, memory in handles.items():
                 update.deliver(header.rank, bucket, memory)
@@ -202,7 +196,7 @@ class Coordinator:
             raise refusals.no_such_bucket(update, rank, bucket)
         update.wait_until(time.monotonic() + budget_s)
         if update.state is UpdateState.COMMITTED:
-            self._check_repeated(update, rank, {bucket: memory})
+            admission.check_repeated(update, rank, {bucket: memory}, self._engine.epoch)
         elif not update.state.ended:
             if update.deliveries[rank].handles.get(bucket) != memory:
                 self._admit(update, rank, {bucket: memory})
@@ -216,8 +210,8 @@ class Coordinator:
         update.wait_until(time.monotonic() + budget_s)
         update.deliveries[rank].prepared = True
         self._delivered(update)
-        ready = self._until(lambda: update.receiving or update.state.ended)
-        await self._wait(update, rank, 0, ready, budget_s)
+        ready = self._waiting.until(lambda: update.receiving or update.state.ended)
+        await self._waiting.call(update, rank, 0, ready, budget_s)
         return self._unbroken(update)
 
     async def commit(self, update_id: str, rank: int, budget_s: float) -> Update:
@@ -227,13 +221,13 @@ class Coordinator:
         """
         update = self._joined(update_id, rank)
         if not update.state.ended:
-            self._check_pushed(update, rank)
+            admission.check_commit(update, rank)
         update.deliveries[rank].committed = True
         self.changed()
         if not update.header.two_phase:
             return await self._until_ended(update, rank, budget_s)
-        ready = self._until(lambda: update.phase is Phase.DECIDE or update.state.ended)
-        await self._wait(update, rank, WHOLE_UPDATE, ready, budget_s)
+        ready = self._waiting.until(lambda: update.phase is Phase.DECIDE or update.state.ended)
+        await self._waiting.call(update, rank, WHOLE_UPDATE, ready, budget_s)
         return self._unbroken(update)
 
     async def publish(self, update_id: str, rank: int, budget_s: float) -> Update:
@@ -250,13 +244,13 @@ class Coordinator:
         """The engine joins ``group``, over which updates may come then; raises why it does not."""
         info = await self.engine_info()
         group.check(info.tp_size, info.device)
-        await self._claiming(f"joining group {group.name!r}", lambda: self._membership.join(group))
+        await self._place.claiming(f"joining group {group.name!r}", lambda: self._membership.join(group))
 
     async def leave_group(self, name: str) -> bool:
         """The engine leaves its group if it is that one; whether it was."""
         if self.group is None or self.group.name != name:
             return False
-        return await self._claiming(f"leaving group {name!r}", self._membership.leave)
+        return await self._place.claiming(f"leaving group {name!r}", self._membership.leave)
 
     async def fence(self, why: str, *, pause: bool) -> None:
         """Take the engine out of service until its next complete update; ``pause``: generation, too."""
@@ -268,12 +262,14 @@ class Coordinator:
                 self._engine.attach()
                 await self._engine.hold()
 
-        await self._claiming("fencing", take_out)
+        await self._place.claiming("fencing", take_out)
 
     async def hold(self, update_id: str, rank: int, budget_s: float) -> Update:
         """One rank shows that it lives; returns the update once it has ended, however it did."""
         update = self._joined(update_id, rank)
-        await self._wait(update, rank, WHOLE_UPDATE, self._until_over(update), budget_s, refusals.still_going_on)
+        await self._waiting.call(
+            update, rank, WHOLE_UPDATE, self._waiting.until_over(update), budget_s, refusals.still_going_on
+        )
         return update
 
     async def abort(self, update_id: str, rank: int, why: str) -> Update:
@@ -287,16 +283,16 @@ class Coordinator:
         elif update.state is UpdateState.APPLYING:
             update.abort_request = error
             self.changed()
-            await self._until_over(update)
+            await self._waiting.until_over(update)
         return update
 
     async def drain(self, seconds: float) -> bool:
         """Take nothing new, give up what is only being collected, and let an update that is applied end."""
         self._draining = True
-        if self._current and self._current.state is UpdateState.COLLECTING:
-            self._give_up(self._current, refusals.draining())
+        if self._place.update and self._place.update.state is UpdateState.COLLECTING:
+            self._give_up(self._place.update, refusals.draining())
         self.changed()
-        update, applying = self._current, self._applying
+        update, applying = self._place.update, self._applying
         if update is None or applying is None:
             return True
         done, _ = await asyncio.wait([applying], timeout=seconds)
@@ -308,26 +304,11 @@ class Coordinator:
 
     def claim(self, by: str) -> None:
         """Take the place of the one update in hand, for another task; raises ``UpdateConflict``. Until ``release``."""
-        if self._current or self._claimed_by:
-            raise refusals.busy(by, self._claimed_by or f"update {self._current and self._current.id!r}")
-        self._claimed_by = by
+        self._place.claim(by)
 
     def release(self) -> None:
         """Updates may come again."""
-        self._claimed_by = ""
-
-    async def _claiming(self, by: str, act: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """``act`` in the place of an update, to its end though the caller goes: the engine goes on with it, too."""
-        self.claim(by)
-
-        async def to_its_end() -> T:
-            try:
-                return await act()
-            finally:
-                self.release()
-                self.changed()
-
-        return await asyncio.shield(asyncio.create_task(to_its_end(), name=by))
+        self._place.release()
 
     # Joining an update.
 
@@ -404,10 +385,7 @@ class Coordinator:
 
     def _check_new(self, header: Header, info: EngineInfo, num_buckets: int) -> None:
         """Whether an update may begin now."""
-        if self._current:
-            raise refusals.in_progress(self._current, header)
-        if self._claimed_by:
-            raise refusals.busy(f"update {header.update_id!r} (rank {header.rank})", self._claimed_by)
+        self._place.check_free(header)
         admission.check_suits_engine(header, info, num_buckets)
         if header.group_name:
             self._membership.check_joined(header.group_name)
@@ -441,8 +419,8 @@ class Coordinator:
         return update
 
     def _start(self, update: Update, payloads: tuple[BucketPayload, ...]) -> None:
-        self._current, self._payloads, self._report_in_hand = update, payloads, None
-        self._over = asyncio.Event()
+        self._place.update, self._payloads, self._report_in_hand = update, payloads, None
+        self._waiting.begin()
         self._updates.add(update)
         timer = asyncio.get_running_loop().call_later
         self._collect_timer = timer(self._timeouts.collect, self._collect_deadline, update, self._timeouts.collect)
@@ -458,26 +436,6 @@ class Coordinator:
                 self._give_up(update, difference)
                 update.told.add(header.rank)
             raise
-
-    def _check_repeated(self, update: Update, rank: int, handles: Mapping[int, Memory]) -> None:
-        """Only the very call that was made before gets its answer again: other memory means other weights."""
-        before = update.deliveries.get(rank)
-        if (
-            update.epoch != self._engine.epoch
-            or before is None
-            or any(before.handles.get(bucket) != memory for bucket, memory in handles.items())
-        ):
-            raise refusals.id_reused(update, rank)
-
-    def _check_pushed(self, update: Update, rank: int) -> None:
-        """A commit comes in its turn."""
-        if update.header.group_name:
-            if not update.receiving:
-                raise refusals.not_prepared(update, rank)
-            return
-        unpushed = [bucket for bucket in range(update.num_buckets) if rank in update.waiting_for(bucket)]
-        if unpushed:
-            raise refusals.unpushed_buckets(update, rank, unpushed)
 
     def _joined(self, update_id: str, rank: int) -> Update:
         update = self.find(update_id)
@@ -529,10 +487,10 @@ class Coordinator:
 
     def _ended(self, update: Update) -> None:
         update.ended_at = time.monotonic()
-        self._over.set()
+        self._waiting.end()
         if update.state is UpdateState.COMMITTED:
             self._loaded_report = self._report_in_hand
-        self._current = self._applying = None
+        self._place.update = self._applying = None
         self._payloads = ()
         self._served.ended(update)
         self.references.ended(update)
@@ -550,8 +508,8 @@ class Coordinator:
     def engine_changed(self) -> None:
         """The watch has seen something new."""
         self._recovery.engine_seen()
-        if self._current and self._current.state is UpdateState.COLLECTING:
-            self._give_up_after_restart(self._current)
+        if self._place.update and self._place.update.state is UpdateState.COLLECTING:
+            self._give_up_after_restart(self._place.update)
         self.changed()
 
     def _give_up_after_restart(self, update: Update) -> bool:
@@ -563,21 +521,11 @@ class Coordinator:
 
     def changed(self) -> None:
         """Wake everyone who waits, to look again."""
-        self._change.set()
-        self._change = asyncio.Event()
+        self._waiting.look_again()
         self._on_change()
 
-    async def _until(self, happened: Callable[[], bool]) -> None:
-        while not happened():
-            await self._change.wait()
-
-    async def _until_over(self, update: Update) -> None:
-        """Only the update in hand has not ended yet."""
-        if not update.state.ended:
-            await self._over.wait()
-
     async def _until_ended(self, update: Update, rank: int, budget_s: float) -> Update:
-        await self._wait(update, rank, WHOLE_UPDATE, self._until_over(update), budget_s)
+        await self._waiting.call(update, rank, WHOLE_UPDATE, self._waiting.until_over(update), budget_s)
         return self._unbroken(update)
 
     @staticmethod
@@ -587,47 +535,10 @@ class Coordinator:
         return update
 
     async def _until_loaded(self, update: Update, rank: int, bucket: int, budget_s: float) -> None:
-        loaded = self._until(lambda: update.num_loaded > bucket or update.state.ended)
-        await self._wait(update, rank, bucket, loaded, budget_s)
+        loaded = self._waiting.until(lambda: update.num_loaded > bucket or update.state.ended)
+        await self._waiting.call(update, rank, bucket, loaded, budget_s)
         if update.num_loaded <= bucket and update.error:
             raise update.error
-
-    async def _wait(
-        self,
-        update: Update,
-        rank: int,
-        bucket: int,
-        happened: Awaitable[None],
-        budget_s: float,
-        too_late: Callable[[Update], SyncError] | None = None,
-    ) -> None:
-        """A rank's own wait: its end, by deadline or by cancelling, has consequences for the update.
-
-        ``too_late``: what to raise when the deadline passes, for a wait whose deadline has none.
-        """
-        nearly_over = time.monotonic() + budget_s - min(LATENESS_S, budget_s / 2)
-
-        def broke_off() -> None:
-            if time.monotonic() < nearly_over:
-                self._caller_gone(update, rank, bucket)
-            elif too_late is None:  # gRPC was faster than we were to see that its time was over
-                self._collect_deadline(update, budget_s)
-
-        with self._callers.calling(update.id, rank, bucket, broke_off):
-            try:
-                async with asyncio.timeout(budget_s):
-                    await happened
-            except TimeoutError:
-                if too_late:
-                    raise too_late(update) from None
-                self._caller_deadline(update, budget_s)
-
-    def _caller_deadline(self, update: Update, seconds: float) -> None:
-        """A caller's time is over: a collecting update is given up for all, an applied one goes on."""
-        if update.state is UpdateState.COLLECTING:
-            self._collect_deadline(update, seconds)
-        elif update.state is UpdateState.APPLYING:
-            raise refusals.still_applying(update)
 
     def _collect_deadline(self, update: Update, seconds: float) -> None:
         if update.state is UpdateState.COLLECTING:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Protocol
 
 from sidecar import admission, fate, lora, lora_unloads, refusals
-from sidecar.callers import WHOLE_UPDATE, Callers
+from sidecar.callers import WHOLE_UPDATE
 from sidecar.config import Timeouts
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import (
@@ -37,10 +37,9 @@ from sidecar.manifest_store import KnownManifest
 from sidecar.memory import Memory
 from sidecar.references import References
 from sidecar.update import Header, Phase, Update, UpdateState
+from sidecar.waiting import Waiting
 
 logger = logging.getLogger(__name__)
-
-LATENESS_S = 1.0  # a call that breaks off so close to its deadline met that
 
 
 class Engine(lora_unloads.Engine, Protocol):
@@ -91,8 +90,7 @@ class LoraLoader:
         """Of the load in hand, by its id."""
         self._tasks: dict[str, asyncio.Task[bool]] = {}
         """Of what is in hand, by what it is."""
-        self._callers = Callers()
-        self._change = asyncio.Event()
+        self._waiting = Waiting(gone=self._gone, late=self._deadline)
         self._unloads = LoraUnloads(engine, timeouts.pause)
 
     # What callers ask for.
@@ -119,7 +117,7 @@ class LoraLoader:
             admission.check_own_memory({0: memory}, header.rank, load.deliveries)
             load.join(header.rank)
             load.deliver(header.rank, 0, memory)
-            self._changed()
+            self._waiting.look_again()
         return await self._until_ended(load, header.rank, budget_s)
 
     async def give_up(self, header: Header, why: str) -> Update:
@@ -134,7 +132,7 @@ class LoraLoader:
         elif load.num_posted == 0:
             load.check_owner(header.rank)
             self._abort(load, refusals.aborted_by(load, header.rank, why))
-            await self._until(lambda: load.state.ended)
+            await self._waiting.until(lambda: load.state.ended)
         return load
 
     async def unload(self, name: str, budget_s: float) -> bool:
@@ -257,7 +255,7 @@ class LoraLoader:
         seconds = self._timeouts.collect
         try:
             async with asyncio.timeout(seconds):
-                await self._until(lambda: load.abort_request is not None or not load.waiting_for(0))
+                await self._waiting.until(lambda: load.abort_request is not None or not load.waiting_for(0))
         except TimeoutError:
             raise refusals.missing(load, load.missing(), "to arrive", seconds) from None
         self._check_wanted(load, unloaded=False)
@@ -347,40 +345,17 @@ class LoraLoader:
         self._specs.pop(load.id, None)
         said = f": {error.message}" if error else ""
         logger.info("LoRA adapter %s (%s): %s%s", load.header.weight_version, load.id, load.state.name.lower(), said)
-        self._changed()
+        self._waiting.look_again()
 
     def _abort(self, load: Update, error: SyncError) -> None:
         load.abort_request = load.abort_request or error
-        self._changed()
-
-    def _changed(self) -> None:
-        self._change.set()
-        self._change = asyncio.Event()
-
-    async def _until(self, happened: Callable[[], bool]) -> None:
-        while not happened():
-            await self._change.wait()
+        self._waiting.look_again()
 
     async def _until_ended(self, load: Update, rank: int, budget_s: float) -> Update:
         """A rank's own wait: while ranks are missing, its end is the load's."""
-        nearly_over = time.monotonic() + budget_s - min(LATENESS_S, budget_s / 2)
-
-        def broke_off() -> None:
-            late = time.monotonic() >= nearly_over
-            if late:
-                self._deadline(load, budget_s)
-            else:
-                self._gone(load, rank)
-
-        with self._callers.calling(load.id, rank, WHOLE_UPDATE, broke_off):
-            try:
-                async with asyncio.timeout(budget_s):
-                    await self._until(lambda: load.state.ended)
-            except TimeoutError:
-                if load.state is UpdateState.APPLYING:
-                    raise refusals.still_applying(load) from None
-                self._deadline(load, budget_s)
-                await self._until(lambda: load.state.ended)
+        ended = self._waiting.until(lambda: load.state.ended)
+        await self._waiting.call(load, rank, WHOLE_UPDATE, ended, budget_s)
+        await self._waiting.until(lambda: load.state.ended)  # that of a load that was given up follows
         if load.error:
             raise load.error
         return load
@@ -389,7 +364,7 @@ class LoraLoader:
         if load.state is UpdateState.COLLECTING:
             self._abort(load, refusals.missing(load, load.missing(), "to arrive", seconds))
 
-    def _gone(self, load: Update, rank: int) -> None:
+    def _gone(self, load: Update, rank: int, _: int) -> None:
         """Memory that was not posted yet must not be posted any more: it may be gone with its owner."""
         if not load.state.ended and load.num_posted == 0:
             self._abort(load, refusals.caller_gone(load, rank))

@@ -1,0 +1,53 @@
+"""The one place of what the engine has in hand: an update, or another task of the sidecar's.
+
+Invariant: never both, and never two.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from sidecar import refusals
+from sidecar.update import Header, Update
+
+T = TypeVar("T")
+
+
+class Place:
+    """One engine's."""
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self.update: Update | None = None
+        """In hand, from its first rank's arrival to its end."""
+        self._claimed_by = ""
+        self._on_change = on_change
+
+    def check_free(self, header: Header) -> None:
+        """Raise ``UpdateConflict`` unless that update may begin."""
+        if self.update:
+            raise refusals.in_progress(self.update, header)
+        if self._claimed_by:
+            raise refusals.busy(f"update {header.update_id!r} (rank {header.rank})", self._claimed_by)
+
+    def claim(self, by: str) -> None:
+        """Take it for another task, until ``release``; raises ``UpdateConflict``."""
+        if self.update or self._claimed_by:
+            raise refusals.busy(by, self._claimed_by or f"update {self.update and self.update.id!r}")
+        self._claimed_by = by
+
+    def release(self) -> None:
+        """Updates may come again."""
+        self._claimed_by = ""
+
+    async def claiming(self, by: str, act: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """``act`` in the place of an update, to its end though the caller goes: the engine goes on with it, too."""
+        self.claim(by)
+
+        async def to_its_end() -> T:
+            try:
+                return await act()
+            finally:
+                self.release()
+                self._on_change()
+
+        return await asyncio.shield(asyncio.create_task(to_its_end(), name=by))
