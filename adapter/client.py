@@ -150,7 +150,8 @@ class WeightSyncClient:
             in_place: export the memory that the tensors lie in, without a copy. Each storage is one bucket; the same
                 layout on every rank. The tensors must not change before the call returns. Where nothing is exported
                 (``transport``) they are copied all the same.
-            check_finite: refuse NaN and infinity before anything is sent; each rank looks at what it holds.
+            check_finite: refuse NaN and infinity before anything is sent; each rank looks at what it holds. Of several
+                ranks whose engine shares no memory with them (``transport``) only rank 0 could say so: refused.
             pause_mode: what happens to running requests: "retract", "in_place", "abort", "drain" (they are waited
                 for first) or "none" (one bucket before SGLang 0.5.21, or an idle engine).
             flush_cache: empty the prefix cache, so that no answer rests on KV of the old weights.
@@ -169,6 +170,10 @@ class WeightSyncClient:
         """
         self._update_timeout = timeout
         if self.transport == DISTRIBUTED:
+            if check_finite and self.tp_size > 1:
+                raise ValueError(
+                    "check_finite: over torch.distributed the sidecar hears rank 0 alone; look at the tensors first"
+                )
             return self._remote.update(
                 named_tensors,
                 specs,
@@ -220,8 +225,9 @@ class WeightSyncClient:
     ) -> None:
         """In place of ``update_weights``, on a rank that cannot: the other ranks are told of ``cause`` at once.
 
-        Takes part in all gathers of ``named_tensors`` that they go through. Raises only ``ValueError`` for tensors
-        that could not have been sent.
+        Takes part in all gathers of ``named_tensors`` that they go through. Over torch.distributed it does that alone:
+        rank 0 sends what it has gathered, and where rank 0 gives up, the others wait for their own time to pass.
+        Raises only ``ValueError`` for tensors that could not have been sent.
         """
         if self.transport == DISTRIBUTED:
             self._remote.give_up(named_tensors, specs)

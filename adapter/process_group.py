@@ -85,7 +85,10 @@ class Sent:
 
 
 class BroadcastGroup:
-    """A group from its store's opening (the constructor) over ``join`` to ``close``; used by one thread."""
+    """A group from its store's opening (the constructor) over ``join`` to ``close``.
+
+    Used by one thread, but for ``join``, which may run in another one while this one closes.
+    """
 
     def __init__(self, name: str, world_size: int, backend: str, join_s: float, timeout_s: float) -> None:
         """Serve the group's store at a port that the system chooses, on every address of this host.
@@ -101,6 +104,7 @@ class BroadcastGroup:
         self._store: Any = store
         self.port = int(self._store.port)
         self._group: dist.ProcessGroup | None = None
+        self._closing = threading.Lock()
         self._to_begin: queue.SimpleQueue[Sent | None] = queue.SimpleQueue()
         self._open: list[Sent] = []
 
@@ -111,14 +115,16 @@ class BroadcastGroup:
                 group = join_group(self._store, self.name, 0, self.world_size, self.backend, self._join_timeout)
         except RuntimeError as error:  # torch.distributed's errors are some
             raise GroupBroken(f"not all members joined group {self.name}: {_first_line(error)}") from error
-        if self._store is None:  # it was closed meanwhile, by another thread
-            _close(group, None, self.backend == "nccl")
-            raise GroupBroken(f"group {self.name} was given up")
         if self.backend == "gloo":
             group._get_backend(torch.device("cpu"))._set_default_timeout(self._timeout)
-        self._group = group
+        with self._closing:
+            closed = self._store is None  # meanwhile, by another thread
+            self._group = None if closed else group
+        if closed:
+            _close(group, None, self.backend == "nccl")
+            raise GroupBroken(f"group {self.name} was given up")
         threading.Thread(
-            target=_begin_all, args=(self._group, self._to_begin), name=f"broadcast {self.name}", daemon=True
+            target=_begin_all, args=(group, self._to_begin), name=f"broadcast {self.name}", daemon=True
         ).start()
 
     def broadcast(self, flat: torch.Tensor) -> Sent:
@@ -131,7 +137,8 @@ class BroadcastGroup:
 
     def close(self) -> None:
         """Close the connections and the store; what is under way is left to a thread of its own, which it ends with."""
-        group, store, self._group, self._store = self._group, self._store, None, None
+        with self._closing:
+            group, store, self._group, self._store = self._group, self._store, None, None
         if store is None:
             return
         self._to_begin.put(None)

@@ -2,11 +2,13 @@
 
 Runs in every rank of the trainer. Rank 0 is a fleet of one; the others gather along, since the weights may be sharded
 over all of them, and learn from the sidecar how it went. Invariant: what is raised is the sidecar's own verdict; where
-rank 0 fails before the sidecar hears of the update, the others learn nothing, and wait for their own time to pass.
+rank 0 fails before the sidecar has taken the update in (it is not reached, refuses it, or rank 0 gives up), the others
+learn nothing, and wait for their own time to pass.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,6 +29,8 @@ from sidecar.v1 import weight_sync_pb2 as pb
 POLL_S = 0.05
 TRANSFER_S = 600.0
 """One engine keeps no others waiting: as long as the sidecar gives one bucket."""
+RANKS_APART_S = 30.0
+"""How much later than rank 0's the call of another rank may begin, and still be told how that one's ended."""
 OutcomeOf = Callable[[str], pb.UpdateOutcome]
 
 
@@ -48,6 +52,8 @@ class RemoteUpdates:
         self._target = target
         self._rank = rank
         self._outcome_of = outcome_of
+        self._told_at = -math.inf
+        """When this rank's last call ended: what had ended by then, it was told of."""
         self._fleet = Fleet(
             [target],
             credentials=credentials,
@@ -97,25 +103,30 @@ class RemoteUpdates:
     def _follow(
         self, named_tensors: NamedTensors, specs: Sequence[TensorSpec] | None, update_id: str, timeout: float
     ) -> UpdateResult:
-        give_up = time.monotonic() + timeout
-        of_before = self._outcome(update_id)  # of an attempt under this id that has ended
-        self._fleet.take_part(named_tensors, specs=specs)
-        if of_before is not None and of_before.state == pb.UPDATE_STATE_COMMITTED:  # its id is never used again
-            return _verdict(of_before)
-        while time.monotonic() < give_up:
-            outcome = self._outcome(update_id)
-            if outcome is not None and outcome != of_before and outcome.state in _ENDED:
-                return _verdict(outcome)
-            time.sleep(POLL_S)
-        raise RanksMissing(f"rank 0 has not brought update {update_id!r} to its end within {timeout:.0f} s")
+        began = time.monotonic()
+        try:
+            self._fleet.take_part(named_tensors, specs=specs)
+            outcome = self._ended(update_id, since=max(self._told_at, began - RANKS_APART_S), give_up=began + timeout)
+        finally:
+            self._told_at = time.monotonic()
+        if outcome is None:
+            raise RanksMissing(f"rank 0 has not brought update {update_id!r} to its end within {timeout:.0f} s")
+        return _verdict(outcome)
 
-    def _outcome(self, update_id: str) -> pb.UpdateOutcome | None:
-        with suppress(WeightSyncError):  # a sidecar that is restarted, or knows nothing of it yet
-            return self._outcome_of(update_id)
+    def _ended(self, update_id: str, since: float, give_up: float) -> pb.UpdateOutcome | None:
+        """How it ended, after ``since``: an id may have been tried before. None: it has not by ``give_up``."""
+        while (asked := time.monotonic()) < give_up:
+            with suppress(WeightSyncError):  # a sidecar that is restarted, or knows nothing of it yet
+                outcome = self._outcome_of(update_id)
+                ended_at = asked - outcome.ended_ago.ToMicroseconds() / 1e6
+                if outcome.state == pb.UPDATE_STATE_COMMITTED or (outcome.state in _ENDED and ended_at > since):
+                    return outcome
+            time.sleep(POLL_S)
         return None
 
 
-_ENDED = (pb.UPDATE_STATE_COMMITTED, pb.UPDATE_STATE_ABORTED, pb.UPDATE_STATE_FAILED)
+_ENDED = (pb.UPDATE_STATE_ABORTED, pb.UPDATE_STATE_FAILED)
+"""Without having been committed, so that its id may be tried again."""
 
 
 def _verdict(outcome: pb.UpdateOutcome) -> UpdateResult:

@@ -22,7 +22,7 @@ from sidecar.callers import WHOLE_UPDATE
 from sidecar.config import Timeouts
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import SyncError, UpdateConflict
-from sidecar.group import Group, check_dense
+from sidecar.group import Group, check_dense, check_group_name
 from sidecar.history import UpdateHistory
 from sidecar.journal import Journal
 from sidecar.manifest import Manifest
@@ -248,9 +248,10 @@ class Coordinator:
 
     async def leave_group(self, name: str) -> bool:
         """The engine leaves its group if it is that one; whether it was."""
-        if self.group is None or self.group.name != name:
-            return False
-        return await self._place.claiming(f"leaving group {name!r}", self._membership.leave)
+        check_group_name(name)
+        if self.group is None and self._engine.info is None:
+            return False  # what it was in ends with it
+        return await self._place.claiming(f"leaving group {name!r}", lambda: self._membership.leave_named(name))
 
     async def fence(self, why: str, *, pause: bool) -> None:
         """Take the engine out of service until its next complete update; ``pause``: generation, too."""
@@ -294,7 +295,7 @@ class Coordinator:
         self.changed()
         update, applying = self._place.update, self._applying
         if update is None or applying is None:
-            return True
+            return await self._place.ended(seconds)
         done, _ = await asyncio.wait([applying], timeout=seconds)
         if not done:
             update.abort_request = refusals.draining()
@@ -419,7 +420,8 @@ class Coordinator:
         return update
 
     def _start(self, update: Update, payloads: tuple[BucketPayload, ...]) -> None:
-        self._place.update, self._payloads, self._report_in_hand = update, payloads, None
+        self._place.take(update)
+        self._payloads, self._report_in_hand = payloads, None
         self._waiting.begin()
         self._updates.add(update)
         timer = asyncio.get_running_loop().call_later
@@ -490,7 +492,8 @@ class Coordinator:
         self._waiting.end()
         if update.state is UpdateState.COMMITTED:
             self._loaded_report = self._report_in_hand
-        self._place.update = self._applying = None
+        self._applying = None
+        self._place.leave()
         self._payloads = ()
         self._served.ended(update)
         self.references.ended(update)

@@ -33,13 +33,8 @@ class Group:
 
     def check(self, tp_size: int, device: str) -> None:
         """Raise if an engine with that many ranks there cannot be a member: SGLang would wait for what never comes."""
-        for text, most, what in ((self.name, MAX_TEXT, "group_name"), (self.master_address, MAX_HOST, "address")):
-            if not 1 <= len(text) <= most or not text.isprintable():
-                raise _invalid(f"{what} must be 1 to {most} printable characters, not {text[:MAX_TEXT]!r}")
-        if not self.name[
-            0
-        ].isalpha():  # torch numbers its own groups, and a scheduler hangs in a name that some ranks have
-            raise _invalid(f"group_name {self.name!r} must begin with a letter")
+        check_group_name(self.name)
+        _check_text(self.master_address, MAX_HOST, "address")
         if not 1 <= self.master_port <= 65535:
             raise _invalid(f"master_port {self.master_port} is no port")
         if not 1 <= self.rank_offset <= self.world_size - tp_size or self.world_size > MAX_WORLD:
@@ -52,6 +47,13 @@ class Group:
         if self.backend == "nccl" and device != "cuda":
             message = f"backend nccl needs GPUs, and the engine runs on {device}; use gloo"
             raise UnsuitableEngine(Reason.GROUP_UNSUITABLE, message, backend=self.backend, device=device)
+
+
+def check_group_name(name: str) -> None:
+    """Torch numbers its own groups, and a scheduler hangs in a name that only some of its ranks have."""
+    _check_text(name, MAX_TEXT, "group_name")
+    if not name[0].isalpha():
+        raise _invalid(f"group_name {name!r} must begin with a letter")
 
 
 def check_dense(manifest: Manifest) -> None:
@@ -91,6 +93,11 @@ def wrote_nothing(refused: str, num_ranks: int, *, one_model: bool) -> bool:
     if NOT_RECEIVED in refused:
         return num_ranks == 1
     return one_model and any(words in refused for words in NOT_BEGUN)
+
+
+def _check_text(text: str, most: int, what: str) -> None:
+    if not 1 <= len(text) <= most or not text.isprintable():
+        raise _invalid(f"{what} must be 1 to {most} printable characters, not {text[:MAX_TEXT]!r}")
 
 
 def _invalid(problem: str) -> InvalidRequest:

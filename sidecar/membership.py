@@ -78,6 +78,16 @@ class Membership:
         self._joined = (epoch, group)
         logger.info("the engine has joined group %s of %d ranks (%s)", group.name, group.world_size, group.backend)
 
+    async def leave_named(self, name: str) -> bool:
+        """Leave that group, though it is not known here; whether the engine was in it. Raises ``EngineError``.
+
+        A sidecar before this one may have had it joined, and the engine keeps its connections and memory until then.
+        """
+        if name in self._perhaps:
+            return await self.leave()
+        self._engine.attach()
+        return await self._engine.leave_group(name)
+
     async def leave(self) -> bool:
         """Leave the group; whether there was one. Raises nothing: nobody counts on a group that is left."""
         self._joined = None

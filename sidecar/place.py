@@ -17,10 +17,25 @@ class Place:
     """One engine's."""
 
     def __init__(self, on_change: Callable[[], None]) -> None:
-        self.update: Update | None = None
-        """In hand, from its first rank's arrival to its end."""
+        self._update: Update | None = None
         self._claimed_by = ""
+        self._work: asyncio.Task[Any] | None = None
         self._on_change = on_change
+
+    @property
+    def update(self) -> Update | None:
+        """In hand, from its first rank's arrival to its end."""
+        return self._update
+
+    def take(self, update: Update) -> None:
+        """It is in hand, until ``leave``; ``check_free`` was asked before."""
+        assert self._update is None, "one update is in hand at a time"
+        assert not self._claimed_by, "and nothing beside it"
+        self._update = update
+
+    def leave(self) -> None:
+        """The update has ended."""
+        self._update = None
 
     def check_free(self, header: Header) -> None:
         """Raise ``UpdateConflict`` unless that update may begin."""
@@ -50,4 +65,12 @@ class Place:
                 self.release()
                 self._on_change()
 
-        return await asyncio.shield(asyncio.create_task(to_its_end(), name=by))
+        self._work = work = asyncio.create_task(to_its_end(), name=by)
+        return await asyncio.shield(work)
+
+    async def ended(self, seconds: float) -> bool:
+        """Whether what is claimed by ``claiming`` has ended, by then at the latest."""
+        if self._work is None:
+            return True
+        done, _ = await asyncio.wait([self._work], timeout=seconds)
+        return bool(done)

@@ -1,7 +1,7 @@
 """Calls that wait for something of an update.
 
-Invariant: every wait ends, with what it was for, with the call's time, or with the caller; the last two have
-consequences for the update, which are whoever owns it to draw.
+Invariant: every call ends, with what it waited for, with its time, or with its caller; the last two have consequences
+for the update, which whoever owns it draws.
 """
 
 import asyncio

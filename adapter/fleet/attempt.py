@@ -23,7 +23,7 @@ import grpc
 
 from adapter import wire
 from adapter.bucketed import in_words
-from adapter.errors import GroupBroken, SidecarUnreachable, UpdateFailed, WeightSyncError
+from adapter.errors import GroupBroken, UpdateAborted, UpdateFailed, UpdateStillApplying, WeightSyncError
 from adapter.filled import FilledBuckets, Region
 from adapter.fleet.group import Group, Sending
 from adapter.fleet.member import Answers, Asking, Member, ask, left, metadata
@@ -159,8 +159,11 @@ class Attempt:
         if not answers.failed:
             return True
         self._try.failed.update(answers.failed)
-        reached = [member for member, error in answers.failed.items() if not isinstance(error, SidecarUnreachable)]
-        self._abort({*begun, *reached}, f"{_named(answers.failed)} did not take part")  # an answer may only be late
+        why = f"{_named(answers.failed)} did not take part"
+        ended = self._abort({*begun, *answers.failed}, why).good  # an answer may only be late, or lost
+        for member, error in answers.failed.items():
+            if isinstance(error, UpdateStillApplying) and member in ended and _is_untouched(ended[member].outcome):
+                self._try.failed[member] = UpdateAborted(f"it was not ready in time: {ended[member].outcome.error}")
         self._try.untouched.update(member for member in begun if member not in answers.failed)
         return False
 
@@ -238,10 +241,10 @@ class Attempt:
         seconds = max(PUBLISH_S, left(self._give_up))
         return member.stub.rpc.PublishUpdate.future(request, timeout=seconds, metadata=metadata())
 
-    def _abort(self, members: Iterable[Member], why: str) -> None:
+    def _abort(self, members: Iterable[Member], why: str) -> Answers[pb.AbortUpdateResponse]:
         """Whoever cannot be told, or has ended by itself, needs no more."""
         request = pb.AbortUpdateRequest(update_id=self._header.update_id, reason=why[:MAX_REASON])
-        ask(members, lambda member: member.stub.rpc.AbortUpdate.future(request, timeout=ABORT_S)).answers()
+        return ask(members, lambda member: member.stub.rpc.AbortUpdate.future(request, timeout=ABORT_S)).answers()
 
     def _hold(self, members: Iterable[Member]) -> Asking[pb.HoldUpdateResponse]:
         """Calls that stay open, so that the sidecars notice the death of this process at once."""
@@ -259,8 +262,14 @@ class Attempt:
 
     def _noted(self, step: str, asking: Asking[A], within_s: float | None = None) -> Answers[A]:
         answers = asking.answers(within_s)
-        self._try.waited[step] = answers.seconds
+        waited = self._try.waited.setdefault(step, {})
+        for member, seconds in answers.seconds.items():
+            waited[member] = waited.get(member, 0.0) + seconds
         return answers
+
+
+def _is_untouched(outcome: pb.UpdateOutcome) -> bool:
+    return outcome.state == pb.UPDATE_STATE_ABORTED
 
 
 def _named(failed: Iterable[Member]) -> str:

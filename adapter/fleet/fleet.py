@@ -160,8 +160,9 @@ class Fleet:
     def catch_up(
         self, named_tensors: NamedTensors, *, timeout: float = 600.0, pause_mode: str = "retract"
     ) -> FleetResult | None:
-        """Bring the fleet's version, whose weights these are, into members that do not serve it; None if all do.
+        """Bring the fleet's version, whose weights these are, into members that do not serve it.
 
+        None if there is nobody to bring it to: all that can be reached serve it. ``status`` says who cannot be.
         For engines that joined, were started again, failed or were cut off since: whoever can, takes it.
         """
         with self._ordered(self._planner.outgoing(named_tensors, None), BEST_EFFORT, timeout) as order:
@@ -316,7 +317,9 @@ class Fleet:
             request = pb.FenceEngineRequest(reason=reason, pause=self._pause_fenced)
             return member.stub.rpc.FenceEngine.future(request, timeout=FENCE_S)
 
-        reachable = [member for member in left_behind if story.state(member) is not EngineState.UNREACHABLE]
+        reachable = [
+            m for m in left_behind if not isinstance(story.failed.get(m), SidecarUnreachable | EngineUnreachable)
+        ]
         give_up = time.monotonic() + FENCE_S
         while reachable:
             answers = ask(reachable, fencing).answers()

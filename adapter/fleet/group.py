@@ -27,10 +27,14 @@ from sidecar.v1 import weight_sync_pb2 as pb
 
 POLL_S = 0.005
 LEAVE_S = 5.0
+ANSWER_S = 3.0
+"""For an engine to say that a group which it waits for has been closed."""
+AS_IF_WAITING = ("ENGINE_REFUSED", "UPDATE_IN_PROGRESS")
 DISCARD_PORT = 9
 NCCL, GLOO = "nccl", "gloo"
 
 Joining: TypeAlias = "grpc.Future[pb.InitWeightsUpdateGroupResponse]"
+Failures: TypeAlias = dict[Member, WeightSyncError]
 
 
 class Sending(Protocol):
@@ -116,16 +120,17 @@ class FleetGroup:
         name = f"weight-sync-{secrets.token_hex(8)}"
         group = self._make(name, world_size, backend, seconds, self._timeout_s)
         asking = ask(members, _joining(members, group, address, world_size, seconds))
-        broken = _join(group, asking, time.monotonic() + seconds)
+        patience_s = max(seconds - ANSWER_S, seconds / 2)  # so that there is time to tell who waited from who hangs
+        broken = _join(group, asking, time.monotonic() + patience_s)
         first = asking.failures()
         if broken is not None:
-            group.close()  # what the engines wait for ends with it, or with the join's time
+            group.close()  # what the engines wait for ends with it: those that hang in something else say nothing still
         failed = asking.answers().failed
         if broken is None and not failed:
             return group
         group.close()
         _leave(members, name)
-        blamed = _to_blame(first) or _to_blame(failed) or failed
+        blamed = to_blame(failed, first)
         raise NotJoined(f"group {name} was not joined by all: {_first(blamed) or broken}", blamed)
 
 
@@ -166,6 +171,8 @@ def _join(group: Group, asking: Asking[pb.InitWeightsUpdateGroupResponse], give_
             group.join()
         except WeightSyncError as error:
             problem.append(error)
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: it must not pass for one that has joined
+            problem.append(GroupBroken(f"this process cannot join a group: {error!r}"))
 
     joining = threading.Thread(target=join, name=f"join {group.name}", daemon=True)
     joining.start()
@@ -190,14 +197,22 @@ def _backend(members: Sequence[Member], device: torch.device) -> str:
     return NCCL if on_gpus else GLOO
 
 
-def _to_blame(failed: dict[Member, WeightSyncError]) -> dict[Member, WeightSyncError]:
-    """Without those that only waited for another one."""
-    return {member: error for member, error in failed.items() if not _only_waited(error)}
+def to_blame(failed: Failures, first: Failures) -> Failures:
+    """Without those that only waited for another one; ``first``: who had failed before the group was closed.
+
+    Whoever waits is refused by its engine once the group is closed. So of those that all seem to have waited, the first
+    was not let in for a reason of its own; and where none was first, whoever says nothing hangs.
+    """
+    own = {
+        member: error for member, error in failed.items() if not (_is_silent(error) or error.reason in AS_IF_WAITING)
+    }
+    own_at_first = {member: error for member, error in first.items() if member in own}
+    silent = {member: error for member, error in failed.items() if _is_silent(error)}
+    return own_at_first or own or first or silent or failed
 
 
-def _only_waited(error: WeightSyncError) -> bool:
-    waited = error.reason in ("ENGINE_REFUSED", "ENGINE_TIMEOUT", "UPDATE_IN_PROGRESS")
-    return waited or (type(error) is WeightSyncError and not error.reason)  # its deadline
+def _is_silent(error: WeightSyncError) -> bool:
+    return error.reason == "ENGINE_TIMEOUT" or (type(error) is WeightSyncError and not error.reason)  # its deadline
 
 
 def _first(failed: dict[Member, WeightSyncError]) -> str:

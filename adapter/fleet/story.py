@@ -49,6 +49,8 @@ class Story:
     broke: str = ""
     """Why the last try's group broke, if it did."""
     seconds: dict[str, float] = field(default_factory=dict)
+    _dirty: set[Member] = field(default_factory=set)
+    """Whoever was left with half of it in some try: a later one that does not touch it does not make it clean."""
     _waited: dict[tuple[Member, str], float] = field(default_factory=dict)
 
     def add(self, one: Try) -> None:
@@ -58,6 +60,8 @@ class Story:
         self.broke = one.broke
         self.failed.update(one.failed)
         self.published.update(one.published)
+        self._dirty |= {m for m, error in one.failed.items() if isinstance(error, UpdateFailed | UpdateStillApplying)}
+        self._dirty -= one.published.keys()
         self.untouched |= one.untouched
         for member in self.published:
             self.failed.pop(member, None)
@@ -82,9 +86,9 @@ class Story:
         """Where that engine stands."""
         if member in self.published:
             return EngineState.PUBLISHED
-        error = self.failed.get(member)
-        if isinstance(error, UpdateFailed | UpdateStillApplying):
+        if member in self._dirty:
             return EngineState.DIRTY
+        error = self.failed.get(member)
         if error is None or (isinstance(error, TOOK_NOTHING) and error.reason not in DIED):
             return EngineState.UNTOUCHED
         return EngineState.UNREACHABLE

@@ -130,6 +130,7 @@ def test_a_late_member_is_dropped_and_the_others_are_tried_again_without_it(trio
     assert trio.posts()[0] == trio.posts()[2] == [*LET_GO, *WHOLE_UPDATE]
     assert list(trio.fenced) == [trio.targets[1]]
     assert result.engines[trio.targets[1]].fenced
+    assert result.engines[trio.targets[1]].state is UNTOUCHED
     assert trio.sidecars()[1] == (trio.v(0), FENCED)
     assert trio.pairs[1].is_paused()
 

@@ -65,6 +65,9 @@ class Here:
     def leaves(self) -> bool:
         return asyncio.run(self.membership.leave())
 
+    def leaves_named(self, name: str) -> bool:
+        return asyncio.run(self.membership.leave_named(name))
+
     @property
     def name(self) -> str:
         return self.membership.group.name if self.membership.group else ""
@@ -184,3 +187,26 @@ def test_an_engine_that_is_gone_joins_nothing() -> None:
     here.engine.attach = gone  # type: ignore[method-assign]
     raises(EngineUnreachable, lambda: here.joins("a"))
     assert here.engine.steps == []
+
+
+def test_a_group_that_a_sidecar_before_this_one_had_joined_is_left_by_its_name() -> None:
+    here = Here()
+    here.engine.groups = ["of before"]
+    assert here.leaves_named("of before")
+    assert here.engine.groups == []
+    assert not here.leaves_named("of before")
+
+
+def test_leaving_by_name_is_leaving() -> None:
+    here = Here()
+    here.joins("one")
+    assert not here.leaves_named("another")
+    assert here.name == "one"
+    assert here.leaves_named("one")
+    assert (here.name, here.engine.groups) == ("", [])
+
+
+def test_a_group_of_before_that_cannot_be_left_is_told() -> None:
+    here = Here()
+    here.engine.fails = EngineTimeout(Reason.ENGINE_TIMEOUT, "busy")
+    raises(EngineTimeout, lambda: here.leaves_named("of before"))

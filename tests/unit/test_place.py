@@ -29,11 +29,18 @@ def test_a_task_keeps_updates_and_other_tasks_out_until_it_is_released() -> None
 
 def test_an_update_in_hand_keeps_tasks_out() -> None:
     one = place()
-    one.update = Update(HEADER, Manifest(()), "")
+    one.take(Update(HEADER, Manifest(()), ""))
     with pytest.raises(UpdateConflict, match="'u'"):
         one.claim("fencing")
     with pytest.raises(UpdateConflict, match="'u'"):
         one.check_free(HEADER)
+
+
+def test_an_update_that_has_left_makes_room() -> None:
+    one = place()
+    one.take(Update(HEADER, Manifest(()), ""))
+    one.leave()
+    one.claim("fencing")
 
 
 async def test_what_is_done_in_its_place_goes_on_to_its_end_without_its_caller() -> None:
@@ -50,9 +57,9 @@ async def test_what_is_done_in_its_place_goes_on_to_its_end_without_its_caller()
     await asyncio.gather(caller, return_exceptions=True)
     with pytest.raises(UpdateConflict, match="work"):
         one.claim("other work")
+    assert not await one.ended(0.01)
     may_end.set()
-    for _ in range(3):
-        await asyncio.sleep(0)
+    assert await one.ended(10.0)
     one.claim("other work")
     assert (ended, len(changes)) == (["it"], 1)
 

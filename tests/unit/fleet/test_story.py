@@ -73,6 +73,16 @@ def test_an_engine_that_is_dirty_is_not_made_clean_by_being_let_go(three: Three)
     assert states(story) == {"a:1": EngineState.DIRTY}
 
 
+def test_an_engine_that_is_dirty_is_not_made_clean_by_a_try_that_does_not_touch_it(three: Three) -> None:
+    a, _, _ = three
+    story = Story({})
+    story.add(Try(failed={a: UpdateFailed(HIT)}))
+    story.add(Try(failed={a: UpdateRefused("no such group")}))
+    assert states(story) == {"a:1": EngineState.DIRTY}
+    story.add(Try(published={a: pb.UpdateOutcome()}, decided=True))
+    assert states(story) == {"a:1": EngineState.PUBLISHED}
+
+
 def test_whoever_was_let_go_or_hit_by_another_is_worth_another_try(three: Three) -> None:
     a, b, c = three
     story = Story({})

@@ -1,0 +1,53 @@
+"""Who kept a group from being joined: those who only waited for that one are not sent away with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from adapter.credentials import NO_CREDENTIALS
+from adapter.errors import EngineUnreachable, SidecarUnreachable, UpdateAborted, UpdateRefused, WeightSyncError
+from adapter.fleet.group import to_blame
+from adapter.fleet.member import Member
+
+Three = tuple[Member, Member, Member]
+CLOSED = UpdateRefused("Failed to initialize custom process group: Connection closed by peer", reason="ENGINE_REFUSED")
+NO_INTERFACE = UpdateRefused("Unable to find address for: eth7", reason="ENGINE_REFUSED")
+BUSY = UpdateAborted("update 'u' is in hand", reason="UPDATE_IN_PROGRESS")
+DEADLINE = WeightSyncError("DEADLINE_EXCEEDED")
+HANGS = UpdateAborted("the engine did not answer", reason="ENGINE_TIMEOUT")
+
+
+@pytest.fixture
+def three() -> Iterator[Three]:
+    """Nobody is called: a channel is opened by its first call."""
+    a, b, c = (Member(f"{name}:1", NO_CREDENTIALS) for name in "abc")
+    yield a, b, c
+    for member in (a, b, c):
+        member.close()
+
+
+@pytest.mark.parametrize("own", [SidecarUnreachable("gone"), EngineUnreachable("gone")], ids=str)
+def test_whoever_has_a_reason_of_its_own_is_to_blame_however_late_it_is_heard_of(
+    three: Three, own: WeightSyncError
+) -> None:
+    a, b, c = three
+    assert to_blame({a: CLOSED, b: own, c: CLOSED}, first={a: CLOSED}) == {b: own}
+
+
+@pytest.mark.parametrize("refused", [NO_INTERFACE, BUSY], ids=str)
+def test_of_those_that_seem_to_have_waited_the_first_did_not(three: Three, refused: WeightSyncError) -> None:
+    a, b, c = three
+    assert to_blame({a: CLOSED, b: refused, c: DEADLINE}, first={b: refused}) == {b: refused}
+
+
+@pytest.mark.parametrize("silence", [DEADLINE, HANGS], ids=str)
+def test_whoever_says_nothing_after_the_group_was_closed_hangs(three: Three, silence: WeightSyncError) -> None:
+    a, b, c = three
+    assert to_blame({a: CLOSED, b: silence, c: CLOSED}, first={}) == {b: silence}
+
+
+def test_where_all_are_alike_nobody_is_better_than_the_others(three: Three) -> None:
+    failed = dict.fromkeys(three, DEADLINE)
+    assert to_blame(failed, first={}) == failed
