@@ -79,8 +79,7 @@ demo: install  ## a real server, the sidecar and two trainer processes, on the C
 	sglang-weight-sync demo
 
 test: install engines  ## every test that needs no GPU, with real servers on the CPU
-	pytest tests -m "not gpu and not faults and not soak and not fleet" --ignore=tests/e2e --ignore=tests/fleet
-	python -m tests.e2e -m "not gpu and not faults and not soak"
+	python -m tests -m "not gpu and not faults and not soak and not fleet"
 
 test-fast: install  ## without the real servers
 	pytest tests -m "not gpu and not e2e and not faults and not soak and not fleet" --ignore=tests/e2e

@@ -41,6 +41,7 @@ from sidecar.v1 import weight_sync_pb2 as pb
 logger = logging.getLogger(__name__)
 
 DEFAULT_BUCKET_BYTES = 2 << 30
+GIVE_UP_S = 5.0
 MEMORY_IS_KEPT = "MEMORY_IS_KEPT"
 TRANSPORTS = AUTO, IPC, DISTRIBUTED = "auto", "ipc", "distributed"
 
@@ -111,7 +112,8 @@ class WeightSyncClient:
         self._remote = RemoteUpdates(
             target,
             rank,
-            self.get_update,
+            self._ask,
+            self._give_up,
             credentials=credentials,
             bucket_bytes=bucket_bytes,
             staging_buffers=staging_buffers,
@@ -225,12 +227,11 @@ class WeightSyncClient:
     ) -> None:
         """In place of ``update_weights``, on a rank that cannot: the other ranks are told of ``cause`` at once.
 
-        Takes part in all gathers of ``named_tensors`` that they go through. Over torch.distributed it does that alone:
-        rank 0 sends what it has gathered, and where rank 0 gives up, the others wait for their own time to pass.
-        Raises only ``ValueError`` for tensors that could not have been sent.
+        Takes part in all gathers of ``named_tensors`` that they go through. Raises only ``ValueError`` for tensors
+        that could not have been sent.
         """
         if self.transport == DISTRIBUTED:
-            self._remote.give_up(named_tensors, specs)
+            self._remote.give_up(named_tensors, specs, update_id or version, cause)
             return
         cargo = self._planner.outgoing(named_tensors, specs)
         header = pb.UpdateHeader(
@@ -339,8 +340,7 @@ class WeightSyncClient:
 
     def get_update(self, update_id: str) -> pb.UpdateOutcome:
         """How an update went or goes, also one whose call did not get its answer."""
-        request = pb.GetUpdateRequest(update_id=update_id)
-        return self._stub.call(self._stub.rpc.GetUpdate, request, 10.0).outcome
+        return self._ask(update_id).outcome
 
     def status(self) -> pb.GetStatusResponse:
         """What the sidecar is doing, and for whom it waits."""
@@ -495,6 +495,14 @@ class WeightSyncClient:
                 status = self._stub.status()
                 if status.HasField("engine"):
                     self._revisit(status)
+
+    def _ask(self, update_id: str) -> pb.GetUpdateResponse:
+        return self._stub.call(self._stub.rpc.GetUpdate, pb.GetUpdateRequest(update_id=update_id), 10.0)
+
+    def _give_up(self, update_id: str, why: str) -> None:
+        """Whether it has begun or not."""
+        request = pb.AbortUpdateRequest(update_id=update_id, rank=self.rank, reason=why, even_if_not_begun=True)
+        self._stub.call(self._stub.rpc.AbortUpdate, request, GIVE_UP_S)
 
     def _outcome_of(self, update_id: str) -> pb.UpdateOutcome | None:
         try:

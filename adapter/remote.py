@@ -1,9 +1,9 @@
 """One engine that shares no memory with its trainer: the same call, over torch.distributed.
 
 Runs in every rank of the trainer. Rank 0 is a fleet of one; the others gather along, since the weights may be sharded
-over all of them, and learn from the sidecar how it went. Invariant: what is raised is the sidecar's own verdict; where
-rank 0 fails before the sidecar has taken the update in (it is not reached, refuses it, or rank 0 gives up), the others
-learn nothing, and wait for their own time to pass.
+over all of them, and learn from the sidecar how it went. Invariant: what is raised is the sidecar's own verdict, or the
+word of the rank that gave up, which the sidecar notes for the others; only where it cannot be reached do they wait for
+their own time to pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from adapter import wire
-from adapter.bucketed import take_part
+from adapter.bucketed import in_words, take_part
 from adapter.credentials import Credentials
 from adapter.errors import RanksMissing, UpdateAborted, UpdateFailed, WeightSyncError
 from adapter.fleet import Fleet, FleetUpdateFailed
@@ -31,7 +31,10 @@ TRANSFER_S = 600.0
 """One engine keeps no others waiting: as long as the sidecar gives one bucket."""
 RANKS_APART_S = 30.0
 """How much later than rank 0's the call of another rank may begin, and still be told how that one's ended."""
-OutcomeOf = Callable[[str], pb.UpdateOutcome]
+Ask = Callable[[str], pb.GetUpdateResponse]
+"""How the update of that id went; raises ``WeightSyncError``."""
+GiveUp = Callable[[str, str], object]
+"""Has the sidecar note an update as aborted, by id, and why."""
 
 
 class RemoteUpdates:
@@ -41,7 +44,8 @@ class RemoteUpdates:
         self,
         target: str,
         rank: int,
-        outcome_of: OutcomeOf,
+        ask: Ask,
+        give_up: GiveUp,
         *,
         credentials: Credentials,
         bucket_bytes: int,
@@ -51,7 +55,8 @@ class RemoteUpdates:
     ) -> None:
         self._target = target
         self._rank = rank
-        self._outcome_of = outcome_of
+        self._ask = ask
+        self._give_up = give_up
         self._told_at = -math.inf
         """When this rank's last call ended: what had ended by then, it was told of."""
         self._fleet = Fleet(
@@ -80,16 +85,24 @@ class RemoteUpdates:
         """
         if self._rank:
             return self._follow(named_tensors, specs, update_id, timeout)
+        began = time.monotonic()
         try:
             self._fleet.update_weights(
                 named_tensors, specs=specs, version=version, update_id=update_id, timeout=timeout, **options
             )
-        except FleetUpdateFailed as failed:
-            raise failed.errors.get(self._target, failed) from failed
-        return _verdict(self._outcome_of(update_id))
+        except BaseException as failure:
+            if self._ended(update_id, since=began) is None:  # or the sidecar tells the others itself
+                self._tell(update_id, failure)
+            if isinstance(failure, FleetUpdateFailed):
+                raise failure.errors.get(self._target, failure) from failure
+            raise
+        return _verdict(self._ask(update_id).outcome)
 
-    def give_up(self, named_tensors: NamedTensors, specs: Sequence[TensorSpec] | None) -> None:
-        """Go through the gathers without sending; nobody is told, for the sidecar knows of no update yet."""
+    def give_up(
+        self, named_tensors: NamedTensors, specs: Sequence[TensorSpec] | None, update_id: str, cause: Exception
+    ) -> None:
+        """Tell the other ranks, and go through the gathers without sending."""
+        self._tell(update_id, cause)
         take_part(lambda: self._fleet.take_part(named_tensors, specs=specs))
 
     def release(self) -> None:
@@ -104,25 +117,30 @@ class RemoteUpdates:
         self, named_tensors: NamedTensors, specs: Sequence[TensorSpec] | None, update_id: str, timeout: float
     ) -> UpdateResult:
         began = time.monotonic()
+        since = max(self._told_at, began - RANKS_APART_S)
         try:
             self._fleet.take_part(named_tensors, specs=specs)
-            outcome = self._ended(update_id, since=max(self._told_at, began - RANKS_APART_S), give_up=began + timeout)
+            while (outcome := self._ended(update_id, since)) is None and time.monotonic() < began + timeout:
+                time.sleep(POLL_S)
         finally:
             self._told_at = time.monotonic()
         if outcome is None:
             raise RanksMissing(f"rank 0 has not brought update {update_id!r} to its end within {timeout:.0f} s")
         return _verdict(outcome)
 
-    def _ended(self, update_id: str, since: float, give_up: float) -> pb.UpdateOutcome | None:
-        """How it ended, after ``since``: an id may have been tried before. None: it has not by ``give_up``."""
-        while (asked := time.monotonic()) < give_up:
-            with suppress(WeightSyncError):  # a sidecar that is restarted, or knows nothing of it yet
-                outcome = self._outcome_of(update_id)
-                ended_at = asked - outcome.ended_ago.ToMicroseconds() / 1e6
-                if outcome.state == pb.UPDATE_STATE_COMMITTED or (outcome.state in _ENDED and ended_at > since):
-                    return outcome
-            time.sleep(POLL_S)
+    def _ended(self, update_id: str, since: float) -> pb.UpdateOutcome | None:
+        """How it ended, after ``since``, as an id may have been tried before. None: it has not, or nobody can tell."""
+        asked = time.monotonic()
+        with suppress(WeightSyncError):  # a sidecar that is restarted, or knows nothing of it yet
+            answer = self._ask(update_id)
+            outcome, ended_at = answer.outcome, asked - answer.ended_ago.ToMicroseconds() / 1e6
+            if outcome.state == pb.UPDATE_STATE_COMMITTED or (outcome.state in _ENDED and ended_at > since):
+                return outcome
         return None
+
+    def _tell(self, update_id: str, cause: BaseException) -> None:
+        with suppress(WeightSyncError):  # they cannot be told
+            self._give_up(update_id, in_words(cause))
 
 
 _ENDED = (pb.UPDATE_STATE_ABORTED, pb.UPDATE_STATE_FAILED)

@@ -235,10 +235,16 @@ def outcome(update: Update) -> pb.UpdateOutcome:
         load_reason=update.load_reason,
         transport=pb.Transport.ValueType(update.transport),
     )
-    if update.state.ended:
-        message.ended_ago.FromNanoseconds(round((time.monotonic() - update.ended_at) * 1e9))
     for phase, seconds in update.spent(time.monotonic()).items():
         message.phases.add(phase=pb.Phase.ValueType(phase)).duration.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+def update_response(update: Update) -> pb.GetUpdateResponse:
+    """For who asks how it went."""
+    message = pb.GetUpdateResponse(outcome=outcome(update))
+    if update.state.ended:
+        message.ended_ago.FromNanoseconds(round((time.monotonic() - update.ended_at) * 1e9))
     return message
 
 

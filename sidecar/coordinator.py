@@ -273,9 +273,15 @@ class Coordinator:
         )
         return update
 
-    async def abort(self, update_id: str, rank: int, why: str) -> Update:
-        """One rank gives the update up for all; raises if nothing can stop it any more."""
-        update = self._joined(update_id, rank)
+    async def abort(self, update_id: str, rank: int, why: str, *, even_if_not_begun: bool = False) -> Update:
+        """One rank gives the update up for all; raises if nothing can stop it any more.
+
+        ``even_if_not_begun``: an update that is not in hand is noted as aborted, for the ranks that ask or come later.
+        """
+        before = self._updates.get(update_id)
+        if even_if_not_begun and (before is None or before.may_be_tried_again):
+            return self._never_begun(update_id, rank, why)
+        update = self._joined(update_id, rank, even_if_not_begun=True)
         error = refusals.aborted_by(update, rank, why)
         if update.state is UpdateState.COLLECTING:
             self._give_up(update, error)
@@ -285,6 +291,17 @@ class Coordinator:
             update.abort_request = error
             self.changed()
             await self._waiting.until_over(update)
+        return update
+
+    def _never_begun(self, update_id: str, rank: int, why: str) -> Update:
+        update = Update(Header(update_id=update_id, weight_version="", rank=rank, tp_size=1), Manifest(()), "")
+        update.header.check_id()
+        update.join(rank)
+        update.started = update.ended_at = time.monotonic()
+        update.end(UpdateState.ABORTED, refusals.aborted_by(update, rank, why))
+        self._updates.add(update)
+        logger.info("%s", history.sentence(update), extra=update.log_fields)
+        self.changed()
         return update
 
     async def drain(self, seconds: float) -> bool:
@@ -439,8 +456,11 @@ class Coordinator:
                 update.told.add(header.rank)
             raise
 
-    def _joined(self, update_id: str, rank: int) -> Update:
+    def _joined(self, update_id: str, rank: int, *, even_if_not_begun: bool = False) -> Update:
+        """``even_if_not_begun``: by this rank, of an update over a group, of which the sender alone must have."""
         update = self.find(update_id)
+        if even_if_not_begun and update.header.group_name and rank not in update.deliveries:
+            rank = update.header.rank
         if rank not in update.deliveries:
             raise refusals.not_begun(update_id, rank)
         update.check_owner(rank)

@@ -106,7 +106,9 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
 
     async def AbortUpdate(self, request: pb.AbortUpdateRequest, context: Context) -> pb.AbortUpdateResponse:
         convert.refuse_unknown_fields(request)
-        update = await self._coordinator.abort(request.update_id, request.rank, request.reason)
+        update = await self._coordinator.abort(
+            request.update_id, request.rank, request.reason, even_if_not_begun=request.even_if_not_begun
+        )
         return pb.AbortUpdateResponse(outcome=convert.outcome(update))
 
     async def UpdateWeightsFromDisk(
@@ -143,7 +145,7 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
 
     async def GetUpdate(self, request: pb.GetUpdateRequest, context: Context) -> pb.GetUpdateResponse:
         convert.refuse_unknown_fields(request)
-        return pb.GetUpdateResponse(outcome=convert.outcome(self._find(request.update_id)))
+        return convert.update_response(self._find(request.update_id))
 
     async def LoadLoraAdapter(self, request: pb.LoadLoraAdapterRequest, context: Context) -> pb.LoadLoraAdapterResponse:
         convert.refuse_unknown_fields(request)

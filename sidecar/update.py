@@ -160,9 +160,13 @@ class Header:
     two_phase: bool = False
     """Whether a word of the trainer's is needed before the version is published."""
 
+    def check_id(self) -> None:
+        """Raise if this cannot name an update."""
+        self._check_text("update_id", self.update_id, at_least=1)
+
     def check(self, engine_tp_size: int) -> None:
         """Raise if this cannot be an update of an engine with ``engine_tp_size`` TP ranks."""
-        self._check_text("update_id", self.update_id, at_least=1)
+        self.check_id()
         self._check_text("weight_version", self.weight_version, at_least=1)
         self._check_text("content_digest", self.content_digest, at_least=0)
         self._check_text("group_name", self.group_name, at_least=0)

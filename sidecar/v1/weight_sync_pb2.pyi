@@ -1162,7 +1162,6 @@ class UpdateOutcome(_message.Message):
     LOAD_PATH_FIELD_NUMBER: _builtins.int
     LOAD_REASON_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
-    ENDED_AGO_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Its id."""
     weight_version: _builtins.str
@@ -1211,10 +1210,6 @@ class UpdateOutcome(_message.Message):
         that kept the cache from being flushed, what could not be verified.
         """
 
-    @_builtins.property
-    def ended_ago(self) -> _duration_pb2.Duration:
-        """How long ago it ended, as of this answer; not set while it goes on."""
-
     def __init__(
         self,
         *,
@@ -1236,11 +1231,10 @@ class UpdateOutcome(_message.Message):
         load_path: Global___LoadPath.ValueType = ...,
         load_reason: _builtins.str = ...,
         transport: Global___Transport.ValueType = ...,
-        ended_ago: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ended_ago", b"ended_ago"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_flushed", b"cache_flushed", "ended_ago", b"ended_ago", "engine_epoch", b"engine_epoch", "error", b"error", "error_reason", b"error_reason", "load_path", b"load_path", "load_reason", b"load_reason", "manifest_digest", b"manifest_digest", "notes", b"notes", "num_buckets", b"num_buckets", "num_posted", b"num_posted", "num_posted_ever", b"num_posted_ever", "phases", b"phases", "state", b"state", "transport", b"transport", "update_id", b"update_id", "verification", b"verification", "waiting_for_ranks", b"waiting_for_ranks", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_flushed", b"cache_flushed", "engine_epoch", b"engine_epoch", "error", b"error", "error_reason", b"error_reason", "load_path", b"load_path", "load_reason", b"load_reason", "manifest_digest", b"manifest_digest", "notes", b"notes", "num_buckets", b"num_buckets", "num_posted", b"num_posted", "num_posted_ever", b"num_posted_ever", "phases", b"phases", "state", b"state", "transport", b"transport", "update_id", b"update_id", "verification", b"verification", "waiting_for_ranks", b"waiting_for_ranks", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1783,22 +1777,28 @@ class AbortUpdateRequest(_message.Message):
     UPDATE_ID_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    EVEN_IF_NOT_BEGUN_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Which update."""
     rank: _builtins.int
     """From which rank."""
     reason: _builtins.str
     """Why, for the other ranks and the log."""
+    even_if_not_begun: _builtins.bool
+    """Whether this holds though the update has not begun, or was given up before: then GetUpdate tells of it, and so is
+    who brings a part of it soon after. Without it, an update that nobody has begun is NOT_FOUND.
+    """
     def __init__(
         self,
         *,
         update_id: _builtins.str = ...,
         rank: _builtins.int = ...,
         reason: _builtins.str = ...,
+        even_if_not_begun: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "reason", b"reason", "update_id", b"update_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["even_if_not_begun", b"even_if_not_begun", "rank", b"rank", "reason", b"reason", "update_id", b"update_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2165,18 +2165,24 @@ class GetUpdateResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OUTCOME_FIELD_NUMBER: _builtins.int
+    ENDED_AGO_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outcome(self) -> Global___UpdateOutcome:
         """How it went, or goes."""
+
+    @_builtins.property
+    def ended_ago(self) -> _duration_pb2.Duration:
+        """How long ago it ended; not set while it goes on."""
 
     def __init__(
         self,
         *,
         outcome: Global___UpdateOutcome | None = ...,
+        ended_ago: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended_ago", b"ended_ago", "outcome", b"outcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_ago", b"ended_ago", "outcome", b"outcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

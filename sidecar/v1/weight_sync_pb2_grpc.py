@@ -205,7 +205,8 @@ class WeightSyncServiceServicer:
 
     def AbortUpdate(self, request, context):
         """Gives an update up for all ranks. Before the first bucket was sent to the engine this changes nothing there;
-        afterwards the engine is dirty until the next complete update.
+        afterwards the engine is dirty until the next complete update. Of an update over a group, ranks that do not take part
+        in it may call this, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -78,7 +78,8 @@ class WeightSyncServiceStub:
     """
     AbortUpdate: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.AbortUpdateRequest, _weight_sync_pb2.AbortUpdateResponse]
     """Gives an update up for all ranks. Before the first bucket was sent to the engine this changes nothing there;
-    afterwards the engine is dirty until the next complete update.
+    afterwards the engine is dirty until the next complete update. Of an update over a group, ranks that do not take part
+    in it may call this, too.
     """
     UpdateWeightsFromDisk: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.UpdateWeightsFromDiskRequest, _weight_sync_pb2.UpdateWeightsFromDiskResponse]
     """Has the engine load a checkpoint from its own disk, as a version of its own: returns when it serves that. Heals a
@@ -150,7 +151,8 @@ class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
     """
     AbortUpdate: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.AbortUpdateRequest, _weight_sync_pb2.AbortUpdateResponse]  # type: ignore[assignment]
     """Gives an update up for all ranks. Before the first bucket was sent to the engine this changes nothing there;
-    afterwards the engine is dirty until the next complete update.
+    afterwards the engine is dirty until the next complete update. Of an update over a group, ranks that do not take part
+    in it may call this, too.
     """
     UpdateWeightsFromDisk: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.UpdateWeightsFromDiskRequest, _weight_sync_pb2.UpdateWeightsFromDiskResponse]  # type: ignore[assignment]
     """Has the engine load a checkpoint from its own disk, as a version of its own: returns when it serves that. Heals a
@@ -279,7 +281,8 @@ class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_weight_sync_pb2.AbortUpdateResponse, _abc.Awaitable[_weight_sync_pb2.AbortUpdateResponse]]:
         """Gives an update up for all ranks. Before the first bucket was sent to the engine this changes nothing there;
-        afterwards the engine is dirty until the next complete update.
+        afterwards the engine is dirty until the next complete update. Of an update over a group, ranks that do not take part
+        in it may call this, too.
         """
 
     @_abc_1.abstractmethod

@@ -14,13 +14,9 @@ from tests.e2e.engines import SMALL_BUCKET_BYTES
 TIMEOUT_S = 60.0
 
 
-def send(target: str, versions: list[tuple[int, str]], wrong_at: int | None = None) -> list[str]:
-    """One update after the other by ``(seed, version)``: what this rank is told of each.
-
-    ``wrong_at``: at that one the trainer brings what the engine cannot load.
-    """
+def send(target: str, versions: list[tuple[int, str]]) -> list[str]:
+    """One update after the other by ``(seed, version)``: what this rank is told of each."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    told = []
     with WeightSyncClient(
         target,
         rank=dist.get_rank(),
@@ -29,19 +25,16 @@ def send(target: str, versions: list[tuple[int, str]], wrong_at: int | None = No
         device="cpu",
         transport="distributed",
     ) as client:
+        told = []
         for number, (seed, version) in enumerate(versions):
             whole = tiny_model.random_weights(seed)
-            if number == wrong_at:
-                whole = [(f"unknown.{name}", tensor) for name, tensor in whole]
             cut = ((name, distribute_tensor(tensor, mesh, [Shard(0)])) for name, tensor in whole)
-            told.append(_outcome(client, cut, version))
+            told.append(_outcome(client, cut, version, f"sharded {version}, {number}"))
     return told
 
 
-def _outcome(client: WeightSyncClient, cut: Iterator[tuple[str, Tensor]], version: str) -> str:
+def _outcome(client: WeightSyncClient, cut: Iterator[tuple[str, Tensor]], version: str, update_id: str) -> str:
     try:
-        return client.update_weights(
-            cut, version=version, update_id=f"sharded {version}", timeout=TIMEOUT_S
-        ).weight_version
+        return client.update_weights(cut, version=version, update_id=update_id, timeout=TIMEOUT_S).weight_version
     except WeightSyncError as error:
-        return type(error).__name__
+        return f"{type(error).__name__}: {error}"

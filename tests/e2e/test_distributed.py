@@ -65,10 +65,16 @@ def test_weights_cut_over_more_ranks_than_the_engine_has_arrive_whole_and_every_
 ) -> None:
     stack.update(5)
     expected = stack.tokens(), stack.http.rank_checksums()
-    versions = [(seed, stack.new_version()) for seed in (6, 7, 5)]
+    first, last = stack.new_version(), stack.new_version()
     with gloo_ranks(3, tmp_path) as ranks:
-        told = ranks.call(sharded_trainer.send, stack.target, versions, 1)
-    assert told == [[versions[0][1], "UpdateFailed", versions[2][1]]] * 3
+        told = ranks.call(sharded_trainer.send, stack.target, [(6, first), (7, first), (5, last)])
+    assert [[rank[0], rank[2]] for rank in told] == [[first, last]] * 3
+    refused, *heard = [rank[1] for rank in told]
+    assert refused.startswith("UpdateRefused: ")
+    assert "does not come after" in refused
+    for one in heard:
+        assert one.startswith(f"UpdateAborted: rank 0 aborted update 'sharded {first}, 1': ")
+        assert "does not come after" in one
     assert (stack.tokens(), stack.http.rank_checksums()) == expected
 
 

@@ -99,7 +99,9 @@ class Valid:
             case "PushBucket":
                 return pb.PushBucketRequest(update_id=update_id, rank=rank, bucket=0, handle=self.handle(rank, 0))
             case "AbortUpdate":
-                return pb.AbortUpdateRequest(update_id=update_id, rank=rank, reason="a test's")
+                return pb.AbortUpdateRequest(
+                    update_id=update_id, rank=rank, reason="a test's", even_if_not_begun=self._rng.random() < 0.5
+                )
             case "HoldUpdate" | "PrepareUpdate" | "CommitUpdate" | "PublishUpdate":
                 return METHODS[method](update_id=update_id, rank=rank)
             case "UpdateWeightsFromDisk":

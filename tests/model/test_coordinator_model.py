@@ -389,5 +389,5 @@ def _manifest(num_buckets: int) -> Manifest:
     return Manifest(tuple(BucketSpec(BUCKET_BYTES, (tensor,)) for tensor in tensors))
 
 
-Schedules.TestCase.settings = settings(max_examples=SCHEDULES, stateful_step_count=STEPS, deadline=None)
+Schedules.TestCase.settings = settings(max_examples=SCHEDULES, stateful_step_count=STEPS)
 TestNoScheduleBreaksAnInvariant = Schedules.TestCase

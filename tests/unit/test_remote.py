@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import pytest
@@ -17,39 +18,39 @@ from sidecar.v1 import weight_sync_pb2 as pb
 
 WEIGHTS = [("w", torch.zeros(4))]
 ABORTED, FAILED, COMMITTED = pb.UPDATE_STATE_ABORTED, pb.UPDATE_STATE_FAILED, pb.UPDATE_STATE_COMMITTED
-Script = list[Callable[[], pb.UpdateOutcome]]
+Answer = Callable[[], pb.GetUpdateResponse]
 
 
 @dataclass
 class Sidecar:
     """Answers one question after the other as planned, the last answer for ever."""
 
-    script: Script = field(default_factory=list)
+    script: list[Answer] = field(default_factory=list)
+    given_up: list[tuple[str, str]] = field(default_factory=list)
 
-    def outcome_of(self, update_id: str) -> pb.UpdateOutcome:
-        answer = self.script.pop(0) if len(self.script) > 1 else self.script[0]
-        outcome = answer()
-        outcome.update_id = outcome.weight_version = update_id
-        return outcome
+    def ask(self, update_id: str) -> pb.GetUpdateResponse:
+        answer = (self.script.pop(0) if len(self.script) > 1 else self.script[0])()
+        answer.outcome.update_id = answer.outcome.weight_version = update_id
+        return answer
 
 
-def ended(state: pb.UpdateState.ValueType, ago_s: float = 0.0, error: str = "") -> Callable[[], pb.UpdateOutcome]:
+def ended(state: pb.UpdateState.ValueType, ago_s: float = 0.0, error: str = "") -> Answer:
     """An end so long before now."""
     at = time.monotonic() - ago_s
 
-    def outcome() -> pb.UpdateOutcome:
-        told = pb.UpdateOutcome(state=state, error=error)
+    def answer() -> pb.GetUpdateResponse:
+        told = pb.GetUpdateResponse(outcome=pb.UpdateOutcome(state=state, error=error))
         told.ended_ago.FromNanoseconds(round((time.monotonic() - at) * 1e9))
         return told
 
-    return outcome
+    return answer
 
 
-def going_on() -> pb.UpdateOutcome:
-    return pb.UpdateOutcome(state=pb.UPDATE_STATE_APPLYING)
+def going_on() -> pb.GetUpdateResponse:
+    return pb.GetUpdateResponse(outcome=pb.UpdateOutcome(state=pb.UPDATE_STATE_APPLYING))
 
 
-def unknown() -> pb.UpdateOutcome:
+def unknown() -> pb.GetUpdateResponse:
     raise SidecarUnreachable("it is restarted")
 
 
@@ -58,20 +59,24 @@ def sidecar() -> Sidecar:
     return Sidecar()
 
 
-@pytest.fixture
-def rank_1(sidecar: Sidecar) -> Iterator[RemoteUpdates]:
-    rank = RemoteUpdates(
+def remote(sidecar: Sidecar, rank: int) -> RemoteUpdates:
+    return RemoteUpdates(
         "unix:/nowhere/sidecar.sock",
-        1,
-        sidecar.outcome_of,
+        rank,
+        sidecar.ask,
+        lambda update_id, why: sidecar.given_up.append((update_id, why)),
         credentials=NO_CREDENTIALS,
         bucket_bytes=1 << 20,
         staging_buffers=2,
         device=torch.device("cpu"),
         fused_groups=(),
     )
-    yield rank
-    rank.close()
+
+
+@pytest.fixture
+def rank_1(sidecar: Sidecar) -> Iterator[RemoteUpdates]:
+    with closing(remote(sidecar, rank=1)) as rank:
+        yield rank
 
 
 def follow(rank: RemoteUpdates, timeout: float = 10.0) -> UpdateResult:
@@ -112,3 +117,24 @@ def test_an_update_that_rank_0_never_brought_ends_with_this_ranks_time(sidecar: 
     sidecar.script = [unknown]
     with pytest.raises(RanksMissing, match=r"rank 0 has not brought update 'u' to its end within 0 s"):
         follow(rank_1, timeout=0.2)
+
+
+def test_a_rank_that_gives_up_has_the_others_told(sidecar: Sidecar, rank_1: RemoteUpdates) -> None:
+    rank_1.give_up(WEIGHTS, None, "u", RuntimeError("out of memory"))
+    assert sidecar.given_up == [("u", "RuntimeError: out of memory")]
+
+
+def test_rank_0_that_never_reached_the_sidecar_has_the_others_told(sidecar: Sidecar) -> None:
+    sidecar.script = [unknown]
+    with closing(remote(sidecar, rank=0)) as rank_0, pytest.raises(SidecarUnreachable):
+        follow(rank_0, timeout=2.0)
+    ((update_id, why),) = sidecar.given_up
+    assert update_id == "u"
+    assert "cannot be reached" in why
+
+
+def test_what_the_sidecar_tells_of_rank_0s_update_is_left_as_it_is(sidecar: Sidecar) -> None:
+    sidecar.script = [ended(FAILED, ago_s=-1.0, error="half of it")]
+    with closing(remote(sidecar, rank=0)) as rank_0, pytest.raises(SidecarUnreachable):
+        follow(rank_0, timeout=2.0)
+    assert sidecar.given_up == []

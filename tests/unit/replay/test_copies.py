@@ -1,7 +1,7 @@
 """Prepared copies do what copying one by one does, whatever lies where."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter.replay.copies import LARGE_BYTES, Copies, Pair
@@ -46,7 +46,6 @@ def views(target: torch.Tensor, source: torch.Tensor, drawn: list[Drawn]) -> lis
 
 
 @given(pairs(), st.integers(0, 3))
-@settings(deadline=None)
 def test_any_copies_give_the_same_bytes_as_one_by_one(drawn: list[Drawn], shift: int) -> None:
     source = torch.randint(0, 256, (BYTES + 8 * shift,), dtype=torch.uint8)[8 * shift :]
     prepared, expected = torch.zeros(BYTES, dtype=torch.uint8), torch.zeros(BYTES, dtype=torch.uint8)

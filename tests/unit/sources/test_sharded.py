@@ -12,8 +12,7 @@ from tests.unit.sources import on_ranks
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SHAPES = st.lists(st.integers(min_value=1, max_value=9), min_size=2, max_size=3).map(tuple)
 PLACEMENTS = st.sampled_from([Replicate(), Shard(0), Shard(1)])
-# The ranks are asked once per example, so examples take a millisecond; no deadline, since machines stall.
-thorough = settings(max_examples=60, deadline=None)
+thorough = settings(max_examples=60)  # the ranks are asked once per example, so examples take a millisecond
 
 
 def test_any_dtensor_arrives_whole_on_every_rank(ranks: GlooRanks) -> None:
