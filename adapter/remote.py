@@ -103,6 +103,7 @@ class RemoteUpdates:
     ) -> None:
         """Tell the other ranks, and go through the gathers without sending."""
         self._tell(update_id, cause)
+        self._told_at = time.monotonic()
         take_part(lambda: self._fleet.take_part(named_tensors, specs=specs))
 
     def release(self) -> None:

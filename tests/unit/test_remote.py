@@ -138,3 +138,12 @@ def test_what_the_sidecar_tells_of_rank_0s_update_is_left_as_it_is(sidecar: Side
     with closing(remote(sidecar, rank=0)) as rank_0, pytest.raises(SidecarUnreachable):
         follow(rank_0, timeout=2.0)
     assert sidecar.given_up == []
+
+
+def test_a_rank_that_gave_up_is_told_how_the_next_attempt_ends_not_of_its_own_word(
+    sidecar: Sidecar, rank_1: RemoteUpdates
+) -> None:
+    own = ended(ABORTED, error="rank 1 aborted it")
+    rank_1.give_up(WEIGHTS, None, "u", RuntimeError("out of memory"))
+    sidecar.script = [own, going_on, ended(COMMITTED)]
+    assert follow(rank_1).weight_version == "u"
