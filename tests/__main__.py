@@ -14,12 +14,12 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 SERVERS, NETWORKS = TESTS / "e2e", TESTS / "fleet"
-OWN = [str(path) for name in ("verl_*", "*example*", "torchrun_*") for path in sorted(SERVERS.glob(f"test_{name}.py"))]
-"""Whose tests start servers of their own; the others share some."""
+OWNERS = [str(path) for name in ("verl_*", "ray_*", "torchrun_*") for path in sorted(SERVERS.glob(f"test_{name}.py"))]
+"""Half of the time that servers take: those of trainers that own theirs. Of the others most share a few."""
 LANES = {
     "no server": [str(TESTS), f"--ignore={SERVERS}", f"--ignore={NETWORKS}"],
-    "shared": [str(SERVERS), *(f"--ignore={path}" for path in OWN)],
-    "own": OWN,
+    "servers": [str(SERVERS), *(f"--ignore={path}" for path in OWNERS)],
+    "owners": OWNERS,
 }
 
 
