@@ -281,7 +281,7 @@ class Coordinator:
         before = self._updates.get(update_id)
         if even_if_not_begun and (before is None or before.may_be_tried_again):
             return self._never_begun(update_id, rank, why)
-        update = self._joined(update_id, rank, even_if_not_begun=True)
+        update = self._joined(update_id, rank, or_gathers_along=True)
         error = refusals.aborted_by(update, rank, why)
         if update.state is UpdateState.COLLECTING:
             self._give_up(update, error)
@@ -456,10 +456,10 @@ class Coordinator:
                 update.told.add(header.rank)
             raise
 
-    def _joined(self, update_id: str, rank: int, *, even_if_not_begun: bool = False) -> Update:
-        """``even_if_not_begun``: by this rank, of an update over a group, of which the sender alone must have."""
+    def _joined(self, update_id: str, rank: int, *, or_gathers_along: bool = False) -> Update:
+        """``or_gathers_along``: of an update over a group, it is enough that the sender has."""
         update = self.find(update_id)
-        if even_if_not_begun and update.header.group_name and rank not in update.deliveries:
+        if or_gathers_along and update.header.group_name and rank not in update.deliveries:
             rank = update.header.rank
         if rank not in update.deliveries:
             raise refusals.not_begun(update_id, rank)

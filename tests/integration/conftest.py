@@ -11,6 +11,7 @@ import pytest
 
 from sidecar.v1 import weight_sync_pb2 as pb
 from tests.fakes import ScriptedEngine
+from tests.integration.fleets import Trio
 from tests.integration.support import SESSIONS, Pair
 
 StartPair = Callable[..., Pair]
@@ -98,3 +99,19 @@ def cuda_pair(_engine_on_gpus: Pair) -> Iterator[Pair]:
     _engine_on_gpus.mark()
     yield _engine_on_gpus
     _engine_on_gpus.forget_memory()
+
+
+@pytest.fixture(scope="module")
+def started_trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
+    with closing(Trio(tmp_path_factory.mktemp("trio"))) as trio:
+        for pair in trio.pairs:
+            pair.wait_for(pb.SIDECAR_STATE_READY)
+        yield trio
+
+
+@pytest.fixture
+def trio(started_trio: Trio) -> Trio:
+    """All serve version 0 of the test; POSTs count from here."""
+    started_trio.heal()
+    started_trio.mark()
+    return started_trio

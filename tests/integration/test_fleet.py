@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import closing
 
 import pytest
 
@@ -17,22 +15,6 @@ from tests.integration.groups import BEGIN, INIT, PAUSE, PUBLISH, RECEIVE, RESUM
 PUBLISHED, UNTOUCHED, DIRTY, UNREACHABLE = EngineState
 READY, FENCED = pb.SIDECAR_STATE_READY, pb.SIDECAR_STATE_FENCED
 NOBODY = "unix:/nowhere/sidecar.sock"
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
-    with closing(Trio(tmp_path_factory.mktemp("trio"))) as trio:
-        for pair in trio.pairs:
-            pair.wait_for(READY)
-        yield trio
-
-
-@pytest.fixture
-def trio(started: Trio) -> Trio:
-    """All serve version 0 of the test; POSTs count from here."""
-    started.heal()
-    started.mark()
-    return started
 
 
 # Everybody is there.

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 
 import pytest
 
 from adapter.fleet import Asked, Fleet, FleetResult, FleetUpdateFailed, Policy, quorum
 from adapter.fleet.policy import ALL_OR_NOTHING
-from sidecar.v1 import weight_sync_pb2 as pb
 from tests.fakes import FOREVER, Fault
 from tests.integration.fleets import ONE_TENSOR, TIMEOUT_S, Trio
 from tests.integration.groups import BEGIN, PAUSE, PUBLISH, RECEIVE
 from tests.unit.fleet.gathers import Counted, counted
 
 NOTHING = ""
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
-    with closing(Trio(tmp_path_factory.mktemp("trio"))) as trio:
-        for pair in trio.pairs:
-            pair.wait_for(pb.SIDECAR_STATE_READY)
-        yield trio
-
-
-@pytest.fixture
-def trio(started: Trio) -> Trio:
-    started.heal()
-    started.mark()
-    return started
 
 
 def send(fleet: Fleet, tensors: list[Counted], version: str, *, iterator: bool) -> FleetResult:

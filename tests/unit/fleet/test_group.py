@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from adapter.credentials import NO_CREDENTIALS
 from adapter.errors import EngineUnreachable, SidecarUnreachable, UpdateAborted, UpdateRefused, WeightSyncError
 from adapter.fleet.group import to_blame
-from adapter.fleet.member import Member
+from tests.unit.fleet.conftest import Three
 
-Three = tuple[Member, Member, Member]
 CLOSED = UpdateRefused("Failed to initialize custom process group: Connection closed by peer", reason="ENGINE_REFUSED")
 NO_INTERFACE = UpdateRefused("Unable to find address for: eth7", reason="ENGINE_REFUSED")
 BUSY = UpdateAborted("update 'u' is in hand", reason="UPDATE_IN_PROGRESS")
 DEADLINE = WeightSyncError("DEADLINE_EXCEEDED")
 HANGS = UpdateAborted("the engine did not answer", reason="ENGINE_TIMEOUT")
-
-
-@pytest.fixture
-def three() -> Iterator[Three]:
-    """Nobody is called: a channel is opened by its first call."""
-    a, b, c = (Member(f"{name}:1", NO_CREDENTIALS) for name in "abc")
-    yield a, b, c
-    for member in (a, b, c):
-        member.close()
 
 
 @pytest.mark.parametrize("own", [SidecarUnreachable("gone"), EngineUnreachable("gone")], ids=str)

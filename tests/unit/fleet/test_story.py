@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 
-import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from adapter.credentials import NO_CREDENTIALS
 from adapter.errors import EngineUnreachable, SidecarUnreachable, UpdateAborted, UpdateFailed, UpdateRefused
 from adapter.fleet import EngineResult, EngineState, FleetUpdateFailed
 from adapter.fleet.attempt import Try
-from adapter.fleet.member import Member
 from adapter.fleet.story import Story
 from sidecar.v1 import weight_sync_pb2 as pb
+from tests.unit.fleet.conftest import Three
 
-Three = tuple[Member, Member, Member]
 HIT = "Failed to receive weights: [../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
-
-
-@pytest.fixture
-def three() -> Iterator[Three]:
-    """Nobody is called: a channel is opened by its first call."""
-    a, b, c = (Member(f"{name}:1", NO_CREDENTIALS) for name in "abc")
-    yield a, b, c
-    for member in (a, b, c):
-        member.close()
 
 
 def states(story: Story) -> dict[str, EngineState]:
