@@ -4,45 +4,39 @@ Runs in every TP rank of the trainer, in its own process, with torch and gRPC al
 pickle. All ranks call with the same names, dtypes, shapes and version, in any order; rank r sends full tensors from
 the memory that the engine's TP rank r can open (the same GPU, or the same host).
 
-Invariant: memory that was handed over is dropped only when the engine has let it go or provably never saw it.
+Invariant: which way the bytes go (``adapter.local``, ``adapter.remote``) changes the speed of an update, and nothing of
+what its caller may rely on.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from adapter import wire
-from adapter.bucketed import Buckets
-from adapter.checks import refuse_forked_cuda
 from adapter.credentials import NO_CREDENTIALS, Credentials
-from adapter.errors import EngineUnreachable, UpdateRefused, WeightSyncError
-from adapter.exports import Export
+from adapter.errors import WeightSyncError
 from adapter.fusion import DEFAULT_RULES, compile_rules
-from adapter.ledger import ExportLedger
+from adapter.local import LocalUpdates
 from adapter.locality import shares_memory
-from adapter.lora_client import LoraConfig, LoraSender, config_json
-from adapter.outgoing import MemoryNeed, Outgoing, Planner, WholeTensors
-from adapter.planner import Plan, TensorSpec, plan
+from adapter.lora_client import LoraConfig, config_json
+from adapter.outgoing import MemoryNeed
+from adapter.planner import TensorSpec, plan
 from adapter.remote import RemoteUpdates
-from adapter.resident import Residents
-from adapter.sending import UpdateSender
 from adapter.sidecar_stub import RESTART_PATIENCE_S, SidecarStub
 from adapter.sources.lazy import NamedTensors
-from adapter.staging import DEFAULT_BUFFERS, StagingBuffers
+from adapter.staging import DEFAULT_BUFFERS
 from adapter.wire import UpdateResult
 from sidecar.v1 import weight_sync_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BUCKET_BYTES = 2 << 30
-GIVE_UP_S = 5.0
-MEMORY_IS_KEPT = "MEMORY_IS_KEPT"
+ABORT_S = 5.0
 TRANSPORTS = AUTO, IPC, DISTRIBUTED = "auto", "ipc", "distributed"
 
 
@@ -97,23 +91,21 @@ class WeightSyncClient:
         self._device = torch.device(device) if device is not None else None
         self._rules = (*DEFAULT_RULES, *compile_rules(fused_groups))
         self._stub = SidecarStub(target, credentials, restart_patience)
-        self._update_timeout = 0.0
-        """Of the update in hand."""
-        self._buffers = StagingBuffers(staging_buffers)
-        self._planner = Planner(bucket_bytes, self._rules)
-        self._residents = Residents(allow_expandable_segments, self._rules)
-        self._ledger = ExportLedger(keeps=self._keeps)
-        self._sender = UpdateSender(self._stub, self._ledger)
-        self._stated: MemoryNeed | None = None
-        self._engine_seen: pb.EngineInfo | None = None
-        self._all_went_well = False
-        """Whether the last update did."""
+        self._local = LocalUpdates(
+            self._stub,
+            rank,
+            bucket_bytes=bucket_bytes,
+            staging_buffers=staging_buffers,
+            device=self._device,
+            rules=self._rules,
+            allow_expandable_segments=allow_expandable_segments,
+        )
         self._transport = transport
         self._remote = RemoteUpdates(
             target,
             rank,
-            self._ask,
-            self._give_up,
+            self._stub.find_update,
+            self._abort,
             credentials=credentials,
             bucket_bytes=bucket_bytes,
             staging_buffers=staging_buffers,
@@ -170,8 +162,7 @@ class WeightSyncClient:
             WeightSyncError: see ``adapter.errors`` for what each kind says about the engine.
             ValueError: a tensor, name, dtype or option that cannot be sent; nothing was.
         """
-        self._update_timeout = timeout
-        if self.transport == DISTRIBUTED:
+        if self._transport_within(timeout) == DISTRIBUTED:
             if check_finite and self.tp_size > 1:
                 raise ValueError(
                     "check_finite: over torch.distributed the sidecar hears rank 0 alone; look at the tensors first"
@@ -203,18 +194,9 @@ class WeightSyncClient:
             keep_cache=not flush_cache,
             allow=pb.ManifestAllowance(unknown=allow_unknown, missing=allow_missing),
         )
-        if in_place:
-            buckets = self._resident(header, named_tensors, specs, check_finite)
-        else:
-            buckets = self._staged(header, named_tensors, specs, check_finite)
-        try:
-            return self._send(header, buckets, timeout)
-        except UpdateRefused as refusal:
-            if refusal.reason == MEMORY_IS_KEPT:  # by an engine that is not replayed any more
-                self.release_staging()
-            if refusal.reason != MEMORY_IS_KEPT or not in_place:
-                raise
-        return self._send(header, buckets, timeout)
+        return self._local.update(
+            header, named_tensors, specs, in_place=in_place, check_finite=check_finite, timeout=timeout
+        )
 
     def give_up(
         self,
@@ -233,7 +215,6 @@ class WeightSyncClient:
         if self.transport == DISTRIBUTED:
             self._remote.give_up(named_tensors, specs, update_id or version, cause)
             return
-        cargo = self._planner.outgoing(named_tensors, specs)
         header = pb.UpdateHeader(
             update_id=update_id or version,
             weight_version=version,
@@ -241,12 +222,11 @@ class WeightSyncClient:
             tp_size=self.tp_size,
             pause_mode=wire.pause_mode("retract"),
         )
-        self._sender.give_up(header, cargo.plan, cause, lambda: cargo.forgo(self._likely_device()))
+        self._local.give_up(header, named_tensors, specs, cause)
 
     def memory_needed(self, named_tensors: NamedTensors, *, specs: Sequence[TensorSpec] | None = None) -> MemoryNeed:
         """What an update of these tensors takes of this rank's memory, at most; nothing is gathered or allocated."""
-        cargo = self._planner.outgoing(named_tensors, specs)
-        return cargo.memory(self._buffers, self._likely_device())
+        return self._local.memory_needed(named_tensors, specs)
 
     def release_staging(self) -> None:
         """Give the staging buffers back until the next update, and have the engine close what it keeps mapped.
@@ -254,8 +234,7 @@ class WeightSyncClient:
         An engine with the replay loader keeps the memory of updates mapped, so that freeing it frees nothing before.
         Waits at most five seconds for each region.
         """
-        self._buffers.release()
-        self._residents.let_go()
+        self._local.release()
         self._remote.release()
 
     def update_weights_from_disk(
@@ -313,9 +292,7 @@ class WeightSyncClient:
             pinned=pinned,
             replace=replace,
         )
-        self._update_timeout = timeout
-        device = self._staging_device(self._engine())
-        return LoraSender(self._stub, self._ledger).load(request, named_tensors, device, timeout)
+        return self._local.load_lora_adapter(request, named_tensors, timeout)
 
     def unload_lora_adapter(self, name: str, *, timeout: float = 120.0) -> bool:
         """Take a LoRA adapter out, once the requests that use it have ended; whether it was there. One rank calls."""
@@ -340,7 +317,7 @@ class WeightSyncClient:
 
     def get_update(self, update_id: str) -> pb.UpdateOutcome:
         """How an update went or goes, also one whose call did not get its answer."""
-        return self._ask(update_id).outcome
+        return self._stub.find_update(update_id).outcome
 
     def status(self) -> pb.GetStatusResponse:
         """What the sidecar is doing, and for whom it waits."""
@@ -357,26 +334,16 @@ class WeightSyncClient:
     @property
     def transport(self) -> str:
         """How weights come to this engine, "ipc" or "distributed"; as long as "auto" cannot be decided, "ipc"."""
-        if self._transport == AUTO:
-            try:
-                engine = self._engine()
-            except WeightSyncError:
-                return IPC  # whatever is done next says why
-            self._transport = IPC if shares_memory(engine, self._device) else DISTRIBUTED
-            logger.info("weights come to the engine of %s by %s", self._stub.target, self._transport)
-        return self._transport
+        return self._transport_within(0.0)
 
     @property
     def unreleased_bytes(self) -> int:
         """Memory of this process that an engine may still be reading; 0 after every healthy update."""
-        return self._ledger.unreleased_bytes
+        return self._local.unreleased_bytes
 
     def close(self) -> None:
         """Close the connection, give the staging buffers back, and wait a moment for what the engine still holds."""
-        self._look_after()
-        self._ledger.settle()
-        self._buffers.release()
-        self._residents.clear()
+        self._local.close()
         self._remote.close()
         self._stub.close()
 
@@ -388,135 +355,17 @@ class WeightSyncClient:
     ) -> None:
         self.close()
 
-    # One update.
+    def _transport_within(self, restarts_s: float) -> str:
+        if self._transport == AUTO:
+            try:
+                engine = self._local.engine(restarts_s)
+            except WeightSyncError:
+                return IPC  # whatever is done next says why
+            self._transport = IPC if shares_memory(engine, self._device) else DISTRIBUTED
+            logger.info("weights come to the engine of %s by %s", self._stub.target, self._transport)
+        return self._transport
 
-    def _staged(
-        self,
-        header: pb.UpdateHeader,
-        named_tensors: NamedTensors,
-        specs: Sequence[TensorSpec] | None,
-        look_at_values: bool,
-    ) -> Buckets:
-        cargo = self._planner.outgoing(named_tensors, specs)
-        with self._others_are_told(header, cargo.plan, lambda: cargo.forgo(self._likely_device())):
-            device = self._staging_device(self._look_before(header, cargo.plan))
-            self._state_memory(cargo, device)
-            if look_at_values:
-                cargo.check_values()
-            return cargo.staged(self._buffers, device)
-
-    def _resident(
-        self,
-        header: pb.UpdateHeader,
-        named_tensors: NamedTensors,
-        specs: Sequence[TensorSpec] | None,
-        look_at_values: bool,
-    ) -> Buckets:
-        if specs is not None:
-            raise ValueError("in_place sends tensors from where they lie, so it takes them as a list, without specs")
-        buckets = self._residents.buckets(named_tensors)
-        with self._others_are_told(header, buckets.plan, buckets.forgo):
-            self._look_before(header, buckets.plan)
-            if look_at_values:
-                buckets.check_values()
-        return buckets
-
-    @contextmanager
-    def _others_are_told(self, header: pb.UpdateHeader, plan: Plan, forgo: Callable[[], None]) -> Iterator[None]:
-        """What stops this rank alone must not leave the others waiting, neither at the sidecar nor in a gather."""
-        try:
-            yield
-        except BaseException as error:
-            self._sender.give_up(header, plan, error, forgo)
-            raise
-
-    def _send(self, header: pb.UpdateHeader, buckets: Buckets, timeout: float) -> UpdateResult:
-        try:
-            result = wire.result(self._sender.send(header, buckets, timeout))
-            self._look_after()
-            self._all_went_well = True
-            return result
-        finally:
-            self._ledger.settle()
-
-    def _require(self, header: pb.UpdateHeader, plan: Plan) -> None:
-        one_call = len(plan.buckets) == 1
-        self._stub.require(pb.FEATURE_ONE_CALL_UPDATE if one_call else pb.FEATURE_BUCKETED_UPDATE)
-        if header.keep_cache:
-            self._stub.require(pb.FEATURE_KEEP_CACHE)
-
-    def _state_memory(self, cargo: Outgoing | WholeTensors, device: torch.device) -> None:
-        """Say what the update takes before it takes it, once for each amount."""
-        need = cargo.memory(self._buffers, device)
-        if need != self._stated:
-            self._stated = need
-            logger.info(
-                "updates take at most %d bytes of rank %d on %s: staging buffers of %s bytes, and %d bytes to gather",
-                need.total,
-                self.rank,
-                device,
-                " and ".join(map(str, need.buffers)),
-                need.gather,
-            )
-
-    def _keeps(self, export: Export) -> bool:
-        return self._buffers.keeps(export) or self._residents.keeps(export)
-
-    def _look_before(self, header: pb.UpdateHeader, plan: Plan) -> pb.EngineInfo:
-        """See that sidecar and engine are there before memory is spent, and take back what is out of use."""
-        self._require(header, plan)
-        return self._engine()
-
-    def _engine(self) -> pb.EngineInfo:
-        """The engine, once what an earlier update has left out is taken back.
-
-        After an update that went well and left nothing out it is not asked for: sending tells what has changed.
-        """
-        went_well, self._all_went_well = self._all_went_well, False
-        nothing_left = not self._ledger.unreleased_bytes
-        if went_well and nothing_left and self._engine_seen is not None:
-            return self._engine_seen
-        status = self._stub.across_restarts(lambda _: self._stub.status(), self._update_timeout)
-        if not status.HasField("engine"):
-            raise EngineUnreachable(f"the sidecar at {self._stub.target} waits for its engine: {status.reason}")
-        self._revisit(status)
-        self._engine_seen = status.engine
-        return status.engine
-
-    def _revisit(self, status: pb.GetStatusResponse) -> None:
-        """Take back memory that is out of use."""
-        dirty = not status.weight_version
-        self._ledger.revisit(self._outcome_of, status.engine.epoch, rank=self.rank, dirty=dirty)
-
-    def _look_after(self) -> None:
-        """Take back what earlier updates, or one that failed, have left out; nothing hangs on it."""
-        if self._ledger.unreleased_bytes:
-            with suppress(WeightSyncError):
-                status = self._stub.status()
-                if status.HasField("engine"):
-                    self._revisit(status)
-
-    def _ask(self, update_id: str) -> pb.GetUpdateResponse:
-        return self._stub.call(self._stub.rpc.GetUpdate, pb.GetUpdateRequest(update_id=update_id), 10.0)
-
-    def _give_up(self, update_id: str, why: str) -> None:
+    def _abort(self, update_id: str, why: str) -> None:
         """Whether it has begun or not."""
         request = pb.AbortUpdateRequest(update_id=update_id, rank=self.rank, reason=why, even_if_not_begun=True)
-        self._stub.call(self._stub.rpc.AbortUpdate, request, GIVE_UP_S)
-
-    def _outcome_of(self, update_id: str) -> pb.UpdateOutcome | None:
-        try:
-            return self.get_update(update_id)
-        except UpdateRefused:  # a sidecar that was restarted knows nothing of it
-            return None
-
-    def _staging_device(self, engine: pb.EngineInfo) -> torch.device:
-        device = self._device or torch.device(engine.device)
-        if device != torch.device("cuda"):  # which names no GPU
-            return device
-        refuse_forked_cuda()
-        return torch.device("cuda", torch.cuda.current_device())
-
-    def _likely_device(self) -> torch.device:
-        """Where the other ranks stage, as far as it can be known without the engine."""
-        return self._device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._stub.call(self._stub.rpc.AbortUpdate, request, ABORT_S)

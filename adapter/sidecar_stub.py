@@ -92,6 +92,10 @@ class SidecarStub:
         """What the sidecar is doing."""
         return self.call(self.rpc.GetStatus, pb.GetStatusRequest(), QUERY_TIMEOUT_S)
 
+    def find_update(self, update_id: str) -> pb.GetUpdateResponse:
+        """How one of the last updates went or goes."""
+        return self.call(self.rpc.GetUpdate, pb.GetUpdateRequest(update_id=update_id), QUERY_TIMEOUT_S)
+
     def capabilities(self) -> pb.GetCapabilitiesResponse:
         """What sidecar and engine can do; asked once, as soon as the engine has been seen."""
         if self._capabilities is None or not self._capabilities.HasField("engine"):

@@ -109,7 +109,7 @@ def test_the_second_update_sends_the_digest_alone_and_the_manifest_when_that_is_
         on_all(ranks, send("digest 0"))
         on_all(ranks, send("digest 1"))
         for client in ranks:
-            known = client._sender._known
+            known = client._local._sender._known
             ((plan, _),) = known._digests._entries
             known.remember(plan, "0" * 64)  # as after a restart of the sidecar
         results = on_all(ranks, send("digest 2"))

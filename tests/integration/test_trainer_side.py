@@ -68,7 +68,7 @@ def test_tensors_in_place_arrive_from_where_they_lie_update_after_update(pair: P
             assert all(isinstance(result, UpdateResult) for result in results), results
             assert pair.posts().count(LOAD) == 2 * (number + 1)  # one for each piece of memory
         seen = pair.engine.loaded[1]["a"]
-        assert [ranks[0]._buffers.num_bytes, ranks[1]._buffers.num_bytes] == [0, 0]
+        assert [ranks[0]._local._buffers.num_bytes, ranks[1]._local._buffers.num_bytes] == [0, 0]
         copies = on_both(ranks, [[(n, t.clone()) for n, t in model] for model in models], version="copied")
         assert all(isinstance(result, UpdateResult) for result in copies), copies
     assert pair.engine.loaded[1]["a"] == seen
@@ -113,8 +113,8 @@ def test_a_request_after_the_first_is_of_one_size_whatever_the_model(pair: Pair)
             for step in range(2):
                 results = on_both(ranks, [pairs, pairs], version=f"{num_tensors} tensors, {step}")
                 assert all(isinstance(result, UpdateResult) for result in results), results
-            plan = ranks[0]._planner.outgoing(pairs, None).plan
-            sizes[num_tensors] = ranks[0]._sender._known.reference(plan).ByteSize()
+            plan = ranks[0]._local._planner.outgoing(pairs, None).plan
+            sizes[num_tensors] = ranks[0]._local._sender._known.reference(plan).ByteSize()
     assert sizes == {3: 66, 3000: 66}  # with the header and a handle, some 170 bytes
 
 
@@ -180,7 +180,7 @@ def test_bad_tensors_are_refused_before_anything_is_sent(pair: Pair, pairs: Any,
     with clients(pair) as (client, _):
         with pytest.raises(ValueError, match=re.escape(words)):
             client.update_weights(pairs, version="bad")
-        assert client._buffers.num_bytes == 0
+        assert client._local._buffers.num_bytes == 0
     pair.assert_untouched()
 
 
@@ -210,7 +210,7 @@ def test_memory_is_stated_before_it_is_taken_and_is_not_exceeded(pair: Pair, cap
         with caplog.at_level(logging.INFO, logger="adapter.client"):
             on_both(ranks, [tensors, tensors], version="stated 1")
             on_both(ranks, [tensors, tensors], version="stated 2")
-        assert ranks[0]._buffers.num_bytes == 2 * 128 <= need.total
+        assert ranks[0]._local._buffers.num_bytes == 2 * 128 <= need.total
         said = [record.message for record in caplog.records if record.name == "adapter.client"]
         assert sorted(text for text in said if not text.endswith(" by ipc")) == [
             f"updates take at most {need.total} bytes of rank {rank} on cpu: staging buffers of 192 and 192 bytes, "
@@ -218,7 +218,7 @@ def test_memory_is_stated_before_it_is_taken_and_is_not_exceeded(pair: Pair, cap
             for rank in range(2)
         ]
         ranks[0].release_staging()
-        assert ranks[0]._buffers.num_bytes == 0
+        assert ranks[0]._local._buffers.num_bytes == 0
         assert all(isinstance(r, UpdateResult) for r in on_both(ranks, [tensors, tensors], version="stated 3"))
 
 
