@@ -9,10 +9,11 @@ from sidecar import memory as memories
 from sidecar import refusals
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import InvalidRequest, Reason, UnsuitableEngine
+from sidecar.header import Header, PauseMode, Selector
 from sidecar.manifest import Manifest
 from sidecar.manifest_check import Report
 from sidecar.memory import CudaIpcMemory, Memory, Placement
-from sidecar.update import Delivery, Header, PauseMode, Selector, Update
+from sidecar.update import Delivery, Update
 
 
 def check_suits_engine(header: Header, info: EngineInfo, num_buckets: int) -> None:

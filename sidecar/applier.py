@@ -33,11 +33,12 @@ from sidecar.errors import (
     EngineUnreachable,
     SyncError,
 )
+from sidecar.header import PauseMode, Selector
 from sidecar.memory import is_kept
 from sidecar.payload import LOAD_FORMAT, REPLAY_FORMAT, BucketPayload
 from sidecar.replay import Replay
 from sidecar.tracing import Spans
-from sidecar.update import LoadPath, PauseMode, Phase, Selector, Update, UpdateState, Verification
+from sidecar.update import LoadPath, Phase, Update, UpdateState, Verification
 from sidecar.verification import Verifier
 
 logger = logging.getLogger(__name__)

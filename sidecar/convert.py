@@ -15,11 +15,12 @@ from sidecar.config import Limits
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import InvalidRequest, LimitExceeded, Reason
 from sidecar.group import Group
+from sidecar.header import Header, PauseMode, Selector
 from sidecar.lora import AdapterSpec
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.manifest_check import Allowance, Report, is_pattern
 from sidecar.memory import CudaIpcMemory, Memory, SharedMemory, bare_uuid, shared_memory_id
-from sidecar.update import Header, PauseMode, Selector, Update
+from sidecar.update import Update
 from sidecar.v1 import weight_sync_pb2 as pb
 
 MAX_PATH, MAX_FILE_NAME = 4096, 255

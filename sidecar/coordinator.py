@@ -1,54 +1,48 @@
 """Collects every rank's part of an update, has it applied once, and remembers how it went.
 
-The only writer of updates. Lives on one event loop, so nothing here is locked. Invariants:
+With ``in_hand`` and its applier the only writer of updates. Lives on one event loop, so nothing is locked. Invariants:
 
 1. The engine is untouched until every rank has brought the same checked manifest, and its first bucket or the wish
    that the engine be made ready.
-2. One update is in hand at a time, and it is applied by a task of the coordinator's own: callers only wait for it,
+2. One update is in hand at a time, and it is applied by a task of its own (``in_hand``): callers only wait for it,
    so one that cancels, times out or dies changes nothing about weights that the engine was given.
 3. Every wait is bounded, by the caller's deadline or a setting, and says for which ranks or bucket it was.
 """
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from sidecar import admission, applier, history, membership, recovery, refusals, standing
-from sidecar.applier import Applier
+from sidecar import admission, history, in_hand, membership, recovery, refusals, standing
 from sidecar.callers import WHOLE_UPDATE
 from sidecar.config import Timeouts
 from sidecar.engine.info import EngineInfo
-from sidecar.errors import SyncError, UpdateConflict
+from sidecar.errors import UpdateConflict
 from sidecar.group import Group, check_dense, check_group_name
+from sidecar.header import Header
 from sidecar.history import UpdateHistory
+from sidecar.in_hand import InHand
 from sidecar.journal import Journal
 from sidecar.manifest import Manifest
-from sidecar.manifest_check import Allowance, Report
+from sidecar.manifest_check import Allowance, Checked, Report
 from sidecar.manifest_store import KnownManifest
 from sidecar.membership import Membership
 from sidecar.memory import Memory, is_kept
 from sidecar.payload import BucketPayload
-from sidecar.place import Place
-from sidecar.ranks import Ranks
 from sidecar.recovery import Recovery
 from sidecar.references import References
 from sidecar.replay import Replay
 from sidecar.served import ServedWeights
 from sidecar.standing import Standing
 from sidecar.tracing import TRACE, Spans
-from sidecar.update import Header, Phase, Update, UpdateState
-from sidecar.waiting import Waiting
+from sidecar.update import Phase, Update, UpdateState
 
 logger = logging.getLogger(__name__)
 
-BREAK_OFF_S = 5.0
-"""At the end of a drain, for an update that cannot complete to be broken off in order."""
 
-
-class WatchedEngine(applier.Engine, membership.Engine, recovery.Engine, standing.Engine, Protocol):
+class WatchedEngine(in_hand.Engine, membership.Engine, recovery.Engine, standing.Engine, Protocol):
     """An engine, and what the watch knows of it."""
 
     async def probe(self) -> EngineInfo:
@@ -71,38 +65,21 @@ class Coordinator:
         spans: Spans | None = None,
     ) -> None:
         self._engine = engine
-        self._timeouts = timeouts
-        self._on_change = on_change
         self._on_ended = on_ended
         self._replay = replay or Replay("", enabled=False)
-        self._spans = spans or Spans()
         self._updates = UpdateHistory()
         self.references = References()
-        self._payloads: tuple[BucketPayload, ...] = ()
-        self._report_in_hand: tuple[object, Report] | None = None
-        """Of the update in hand, by what it is about."""
-        self._loaded_report: tuple[object, Report] | None = None
-        """Of the last manifest that was committed."""
-        self._place = Place(self.changed)
-        self._waiting = Waiting(gone=self._caller_gone, late=self._collect_deadline)
-        self._applying: asyncio.Task[None] | None = None
-        self._collect_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._served = ServedWeights(
             engine, journal or Journal(None), accept_checkpoint=accept_checkpoint, require_update=require_update
         )
         self._membership = Membership(engine, self._served.fence)
-        self._applier = Applier(
-            engine,
-            Ranks(self._waiting.until, timeouts),
-            self._membership,
-            self._about_to_write,
-            self.changed,
-            self._replay,
-            self._spans,
+        self._in_hand = InHand(
+            engine, timeouts, self._membership, self._served, self._replay, spans or Spans(), on_change, self._ended
         )
+        self._place, self._waiting = self._in_hand.place, self._in_hand.waiting
         self._recovery = Recovery(engine, self._served, self.changed)
-        self.standing = Standing(engine, self._served, lambda: (self._place.update, self._draining))
+        self.standing = Standing(engine, self._served, lambda: (self.current, self._draining))
 
     # What anyone may ask.
 
@@ -124,7 +101,7 @@ class Coordinator:
     @property
     def current(self) -> Update | None:
         """The update in hand."""
-        return self._place.update
+        return self._in_hand.update
 
     @property
     def last(self) -> Update | None:
@@ -157,7 +134,7 @@ class Coordinator:
             for bucket, memory in handles.items():
                 update.deliver(header.rank, bucket, memory)
             update.deliveries[header.rank].committed = True
-            self._delivered(update)
+            self._in_hand.delivered(update)
         return await self._until_ended(update, header.rank, budget_s)
 
     async def update_from_disk(self, header: Header, model_path: str, budget_s: float) -> Update:
@@ -170,8 +147,8 @@ class Coordinator:
             update = self._new_update(header, info, model_path=model_path or info.model_path)
             update.join(header.rank).committed = True
             update.wait_until(time.monotonic() + budget_s)
-            self._start(update, ())
-            self._delivered(update)
+            self._start(update)
+            self._in_hand.delivered(update)
         elif (update.model_path, update.header.weight_version, update.epoch) != (
             model_path or info.model_path,
             header.weight_version,
@@ -201,7 +178,7 @@ class Coordinator:
             if update.deliveries[rank].handles.get(bucket) != memory:
                 self._admit(update, rank, {bucket: memory})
             update.deliver(rank, bucket, memory)
-            self._delivered(update)
+            self._in_hand.delivered(update)
         await self._until_loaded(update, rank, bucket, budget_s)
 
     async def prepare(self, update_id: str, rank: int, budget_s: float) -> Update:
@@ -209,7 +186,7 @@ class Coordinator:
         update = self._joined(update_id, rank)
         update.wait_until(time.monotonic() + budget_s)
         update.deliveries[rank].prepared = True
-        self._delivered(update)
+        self._in_hand.delivered(update)
         ready = self._waiting.until(lambda: update.receiving or update.state.ended)
         await self._waiting.call(update, rank, 0, ready, budget_s)
         return self._unbroken(update)
@@ -282,15 +259,7 @@ class Coordinator:
         if even_if_not_begun and (before is None or before.may_be_tried_again):
             return self._never_begun(update_id, rank, why)
         update = self._joined(update_id, rank, or_gathers_along=True)
-        error = refusals.aborted_by(update, rank, why)
-        if update.state is UpdateState.COLLECTING:
-            self._give_up(update, error)
-        elif update.complete:
-            raise refusals.not_abortable(update)
-        elif update.state is UpdateState.APPLYING:
-            update.abort_request = error
-            self.changed()
-            await self._waiting.until_over(update)
+        await self._in_hand.abort(update, refusals.aborted_by(update, rank, why))
         return update
 
     def _never_begun(self, update_id: str, rank: int, why: str) -> Update:
@@ -307,18 +276,8 @@ class Coordinator:
     async def drain(self, seconds: float) -> bool:
         """Take nothing new, give up what is only being collected, and let an update that is applied end."""
         self._draining = True
-        if self._place.update and self._place.update.state is UpdateState.COLLECTING:
-            self._give_up(self._place.update, refusals.draining())
         self.changed()
-        update, applying = self._place.update, self._applying
-        if update is None or applying is None:
-            return await self._place.ended(seconds)
-        done, _ = await asyncio.wait([applying], timeout=seconds)
-        if not done:
-            update.abort_request = refusals.draining()
-            self.changed()
-            await asyncio.wait([applying], timeout=BREAK_OFF_S)
-        return update.state in (UpdateState.COMMITTED, UpdateState.ABORTED)
+        return await self._in_hand.drain(seconds)
 
     def claim(self, by: str) -> None:
         """Take the place of the one update in hand, for another task; raises ``UpdateConflict``. Until ``release``."""
@@ -337,12 +296,12 @@ class Coordinator:
         epoch = self._engine.epoch
         if header.group_name:
             check_dense(known.manifest)
-        key, report = await self._report(header, known, info)
+        checked = await self.references.report_of(header, known, info.model_path, epoch)
         self._check_still(epoch, header.update_id)
         if not self._delivered_before(header, handles):  # memory that was read cannot be checked again
             admission.check_handles(handles, known.manifest, header.rank, info.placement)
             self._check_kept(header, handles)
-        update = self._find_or_start(header, known, (key, report), info)
+        update = self._find_or_start(header, known, checked, info)
         self._agree(update, header, known)
         if not update.state.ended:
             admission.check_own_memory(handles, header.rank, update.deliveries)
@@ -364,13 +323,6 @@ class Coordinator:
             raise refusals.unsupported_engine(self._engine.url, info.unsupported)
         return info
 
-    async def _report(self, header: Header, known: KnownManifest, info: EngineInfo) -> tuple[object, Report]:
-        """What is wrong with a manifest, as far as it can be told; what this engine has loaded before stays right."""
-        key = (known.digest, header.allow, header.selector, info.model_path, self._engine.epoch)
-        if self._loaded_report is not None and self._loaded_report[0] == key:
-            return self._loaded_report
-        return key, await self.references.report(known, info.model_path, header.allow, header.selector)
-
     def _check_still(self, epoch: int, update_id: str) -> None:
         """What was true before a file was read must be so afterwards."""
         if self._draining:
@@ -384,9 +336,7 @@ class Coordinator:
         before = update.deliveries.get(header.rank) if update else None
         return before is not None and bool(handles) and before.handles == handles
 
-    def _find_or_start(
-        self, header: Header, known: KnownManifest, reported: tuple[object, Report], info: EngineInfo
-    ) -> Update:
+    def _find_or_start(self, header: Header, known: KnownManifest, checked: Checked, info: EngineInfo) -> Update:
         existing = self._updates.get(header.update_id)
         if existing and not existing.may_be_tried_again:
             return existing
@@ -394,11 +344,11 @@ class Coordinator:
             existing.told.add(header.rank)
             raise existing.error
         self._check_new(header, info, len(known.manifest.buckets))
-        admission.check_report(reported[1], header)
+        admission.check_report(checked.report, header)
         update = self._new_update(header, info, known.manifest, known.digest)
-        update.notes.extend(finding.message for finding in reported[1].findings)
+        update.checked = checked
+        update.notes.extend(finding.message for finding in checked.report.findings)
         self._start(update, known.payloads)
-        self._report_in_hand = reported
         return update
 
     def _check_new(self, header: Header, info: EngineInfo, num_buckets: int) -> None:
@@ -436,13 +386,9 @@ class Coordinator:
         update.started, update.trace = time.monotonic(), TRACE.get()
         return update
 
-    def _start(self, update: Update, payloads: tuple[BucketPayload, ...]) -> None:
-        self._place.take(update)
-        self._payloads, self._report_in_hand = payloads, None
-        self._waiting.begin()
+    def _start(self, update: Update, payloads: tuple[BucketPayload, ...] = ()) -> None:
         self._updates.add(update)
-        timer = asyncio.get_running_loop().call_later
-        self._collect_timer = timer(self._timeouts.collect, self._collect_deadline, update, self._timeouts.collect)
+        self._in_hand.begin(update, payloads)
 
     def _agree(self, update: Update, header: Header, known: KnownManifest) -> None:
         """Ranks must send the same: a difference while collecting gives the update up for all of them."""
@@ -452,7 +398,7 @@ class Coordinator:
             if update.state.ended:
                 raise refusals.id_reused(update, header.rank) from difference
             if update.state is UpdateState.COLLECTING:
-                self._give_up(update, difference)
+                self._in_hand.give_up(update, difference)
                 update.told.add(header.rank)
             raise
 
@@ -476,76 +422,21 @@ class Coordinator:
         admission.check_handles(handles, update.manifest, rank, update.placement)
         admission.check_own_memory(handles, rank, update.deliveries)
 
-    # From collecting to an end.
-
-    def _delivered(self, update: Update) -> None:
-        """A rank delivered something: start applying once every rank is there."""
-        ready = update.state is UpdateState.COLLECTING and (update.model_path is not None or not update.unready())
-        if ready and not self._give_up_after_restart(update):
-            update.phase_seconds[Phase.COLLECT] = time.monotonic() - update.started
-            update.start_applying()
-            self._stop_collect_timer()
-            self._applying = asyncio.create_task(self._apply(update), name=f"apply {update.id}")
-        self.changed()
-
-    async def _apply(self, update: Update) -> None:
-        try:
-            self._served.touching(update, writing=False)
-            await self._applier.apply(update, self._payloads, stay_held=self._served.stays_held)
-        except Exception as bug:  # the edge of a task that nobody awaits: it must not vanish
-            logger.exception("update %s: a defect in the sidecar", update.id, extra=update.log_fields)
-            update.end(UpdateState.FAILED, refusals.defect(update, bug))
-        self._ended(update)
-
-    def _about_to_write(self, update: Update) -> None:
-        self._served.touching(update, writing=True)
-
-    def _give_up(self, update: Update, error: SyncError) -> None:
-        """COLLECTING -> ABORTED."""
-        update.end(UpdateState.ABORTED, error)
-        self._spans.never_applied(update.trace, update.log_fields, update.started, "aborted", error.message)
-        self._stop_collect_timer()
-        self._ended(update)
-
-    def _ended(self, update: Update) -> None:
-        update.ended_at = time.monotonic()
-        self._waiting.end()
-        if update.state is UpdateState.COMMITTED:
-            self._loaded_report = self._report_in_hand
-        self._applying = None
-        self._place.leave()
-        self._payloads = ()
-        self._served.ended(update)
-        self.references.ended(update)
-        logger.info("%s", history.sentence(update), extra=update.log_fields)
-        self._on_ended(update)
-        self.changed()
-
-    def _stop_collect_timer(self) -> None:
-        if self._collect_timer:
-            self._collect_timer.cancel()
-            self._collect_timer = None
-
     # Waiting.
 
     def engine_changed(self) -> None:
         """The watch has seen something new."""
         self._recovery.engine_seen()
-        if self._place.update and self._place.update.state is UpdateState.COLLECTING:
-            self._give_up_after_restart(self._place.update)
+        self._in_hand.engine_changed()
         self.changed()
-
-    def _give_up_after_restart(self, update: Update) -> bool:
-        """What was checked against one server must not be loaded into another."""
-        if update.epoch == self._engine.epoch:
-            return False
-        self._give_up(update, refusals.restarted_meanwhile(update.id))
-        return True
 
     def changed(self) -> None:
         """Wake everyone who waits, to look again."""
-        self._waiting.look_again()
-        self._on_change()
+        self._in_hand.changed()
+
+    def _ended(self, update: Update) -> None:
+        self.references.ended(update)
+        self._on_ended(update)
 
     async def _until_ended(self, update: Update, rank: int, budget_s: float) -> Update:
         await self._waiting.call(update, rank, WHOLE_UPDATE, self._waiting.until_over(update), budget_s)
@@ -562,18 +453,3 @@ class Coordinator:
         await self._waiting.call(update, rank, bucket, loaded, budget_s)
         if update.num_loaded <= bucket and update.error:
             raise update.error
-
-    def _collect_deadline(self, update: Update, seconds: float) -> None:
-        if update.state is UpdateState.COLLECTING:
-            what = "to arrive" if update.num_buckets == 1 else "to arrive with their first bucket"
-            self._give_up(update, refusals.missing(update, update.missing(), what, seconds))
-
-    def _caller_gone(self, update: Update, rank: int, bucket: int) -> None:
-        """What was not loaded yet cannot be any more: memory, or the sender, may be gone with its owner."""
-        error = refusals.caller_gone(update, rank)
-        needed = update.needs(rank) if bucket == WHOLE_UPDATE else bucket >= update.num_posted
-        if update.state is UpdateState.COLLECTING:
-            self._give_up(update, error)
-        elif update.state is UpdateState.APPLYING and needed:
-            update.abort_request = error
-            self.changed()

@@ -29,6 +29,7 @@ from sidecar.errors import (
     SyncError,
     UpdateConflict,
 )
+from sidecar.header import Header
 from sidecar.history import UpdateHistory
 from sidecar.lora import AdapterSpec
 from sidecar.lora_unloads import LoraUnloads
@@ -36,7 +37,7 @@ from sidecar.manifest import Manifest
 from sidecar.manifest_store import KnownManifest
 from sidecar.memory import Memory
 from sidecar.references import References
-from sidecar.update import Header, Phase, Update, UpdateState
+from sidecar.update import Phase, Update, UpdateState
 from sidecar.waiting import Waiting
 
 logger = logging.getLogger(__name__)

@@ -40,6 +40,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from fnmatch import translate
 from math import prod
+from typing import NamedTuple
 
 from sidecar.checkpoint import Checkpoint, KnownTensor
 from sidecar.manifest import Manifest
@@ -102,6 +103,13 @@ class Report:
     def errors(self) -> tuple[Finding, ...]:
         """The findings for which an update is refused."""
         return tuple(finding for finding in self.findings if finding.severity is Severity.ERROR)
+
+
+class Checked(NamedTuple):
+    """A report, and all that it hangs on: as long as that is the same, it holds."""
+
+    about: object
+    report: Report
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from sidecar import checkpoint, manifest_check
 from sidecar.checkpoint import CheckpointUnreadable, KnownTensor
-from sidecar.manifest_check import Allowance, Reference, Report
+from sidecar.header import Header, Selector
+from sidecar.manifest_check import Allowance, Checked, Reference, Report
 from sidecar.manifest_store import KnownManifest
-from sidecar.update import Selector, Update, UpdateState, Verification
+from sidecar.update import Update, UpdateState, Verification
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class References:
         self._verified: Reference | None = None
         self._verified_state = ""
         self._reports: OrderedDict[tuple[object, ...], Report] = OrderedDict()
+        self._loaded: Checked | None = None
+        """The last one that was committed."""
 
     async def report(
         self, known: KnownManifest, model_path: str, allow: Allowance, selector: Selector | None
@@ -51,13 +54,22 @@ class References:
         report = self._reports[key]
         return replace(report, unchecked=(*report.unchecked, problem)) if problem else report
 
+    async def report_of(self, header: Header, known: KnownManifest, model_path: str, epoch: int) -> Checked:
+        """The same for an update; what the engine has loaded before, in the life of that number, stays right."""
+        about = (known.digest, header.allow, header.selector, model_path, epoch)
+        if self._loaded is not None and self._loaded.about == about:
+            return self._loaded
+        return Checked(about, await self.report(known, model_path, header.allow, header.selector))
+
     async def tensors(self, model_path: str) -> tuple[Mapping[str, KnownTensor], str]:
         """The model's own tensors, or none and why."""
         reference, _, problem = await asyncio.to_thread(self._reference, model_path)
         return (reference.tensors, problem) if reference else ({}, problem)
 
     def ended(self, update: Update) -> None:
-        """Remember the manifest of an update that was verified, if it was a whole model's."""
+        """Remember what was loaded, and the manifest of an update that was verified, if it was a whole model's."""
+        if update.state is UpdateState.COMMITTED:
+            self._loaded = update.checked
         verified = update.verification in (Verification.CONSISTENT, Verification.PROVEN)
         whole = update.header.allow == Allowance() and update.header.selector is not Selector.DRAFT
         if update.state is UpdateState.COMMITTED and verified and whole and update.manifest.buckets:

@@ -21,7 +21,8 @@ from sidecar.errors import (
     UpdateConflict,
     UpdateFailed,
 )
-from sidecar.update import MAX_TEXT, Header, Phase, Update
+from sidecar.header import MAX_TEXT, Header
+from sidecar.update import Phase, Update
 
 UNTOUCHED = "the engine was not touched and serves the old weights"
 MAX_REASON = 500

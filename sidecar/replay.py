@@ -20,10 +20,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from sidecar import refusals
 from sidecar.engine.info import EngineInfo
 from sidecar.errors import EngineLost, EngineRefused, EngineUnreachable, Reason
+from sidecar.header import Header, PauseMode
 from sidecar.manifest_check import matcher
 from sidecar.memory import CudaIpcMemory, Memory, is_kept
 from sidecar.payload import BucketPayload, replay_entry
-from sidecar.update import Header, LoadPath, PauseMode, Update
+from sidecar.update import LoadPath, Update
 from sidecar.verdicts import Outcome, Verdict, VerdictFile
 
 logger = logging.getLogger(__name__)

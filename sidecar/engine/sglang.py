@@ -27,7 +27,7 @@ from sidecar.errors import (
     EngineUnreachable,
     Reason,
 )
-from sidecar.update import PauseMode, Selector
+from sidecar.header import PauseMode, Selector
 
 # A refused flush is tried again at this pace: requests may be on their way out.
 RETRY_S = 0.25

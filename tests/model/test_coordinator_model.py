@@ -22,11 +22,12 @@ from sidecar.config import Timeouts
 from sidecar.coordinator import Coordinator
 from sidecar.errors import SyncError
 from sidecar.group import Group
+from sidecar.header import Header, PauseMode
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.manifest_store import KnownManifest, ManifestStore
 from sidecar.memory import SharedMemory
 from sidecar.standing import SidecarState
-from sidecar.update import Header, PauseMode, UpdateState
+from sidecar.update import UpdateState
 from tests.fakes import SharedFile
 from tests.model.engine import STEP_S, Failure, RuleKeepingEngine
 from tests.model.journal import MemoryJournal

@@ -9,9 +9,9 @@ import pytest
 from sidecar import admission, memory
 from sidecar.engine.info import parse
 from sidecar.errors import InvalidRequest, Reason, UnsuitableEngine
+from sidecar.header import Header, PauseMode
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.memory import CudaIpcMemory, Placement
-from sidecar.update import Header, PauseMode
 
 FIRST, SECOND = "6b7c1a2e-0d3f-4a5b-8c9d-0e1f2a3b4c50", "6b7c1a2e-0d3f-4a5b-8c9d-0e1f2a3b4c51"
 MANIFEST = Manifest((BucketSpec(64, (TensorSpec("w", "uint8", (64,), 0, 64),)),))

@@ -9,9 +9,10 @@ from google.protobuf.message import Message
 from sidecar import __version__, convert
 from sidecar.engine.info import parse
 from sidecar.errors import InvalidRequest, Reason, UpdateConflict
+from sidecar.header import Header, PauseMode
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.memory import CudaIpcMemory, SharedMemory
-from sidecar.update import Header, LoadPath, PauseMode, Phase, Transport, Update, UpdateState
+from sidecar.update import LoadPath, Phase, Transport, Update, UpdateState
 from sidecar.v1 import weight_sync_pb2 as pb
 
 MANIFEST = Manifest((BucketSpec(64, (TensorSpec("w", "bfloat16", (2, 3), 16, 12),)),))

@@ -7,8 +7,8 @@ import pytest
 from sidecar.config import Timeouts
 from sidecar.engine.sglang import SGLangEngine
 from sidecar.errors import EngineRefused, EngineRestarted
+from sidecar.header import PauseMode, Selector
 from sidecar.payload import LOAD_FORMAT
-from sidecar.update import PauseMode, Selector
 from tests.fakes import Fault, ScriptedEngine
 
 LIMIT_S = 30.0

@@ -8,9 +8,10 @@ import pytest
 
 from sidecar import fate
 from sidecar.errors import EngineError, EngineLost, EngineRefused, EngineRestarted, EngineUnreachable, Reason
+from sidecar.header import Header
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.memory import Placement, SharedMemory
-from sidecar.update import Header, Update
+from sidecar.update import Update
 from tests.fakes import SharedFile, shared_memory
 
 HERE, TWO_NODES = Placement(), Placement(num_here=1)

@@ -7,10 +7,11 @@ import pytest
 
 from sidecar.engine.info import EngineInfo, parse
 from sidecar.errors import Reason, UpdateConflict
+from sidecar.header import Header, PauseMode
 from sidecar.manifest import BucketSpec, Manifest
 from sidecar.metrics import DEFECT, Metrics
 from sidecar.standing import SidecarState
-from sidecar.update import Header, LoadPath, PauseMode, Phase, Update, UpdateState
+from sidecar.update import LoadPath, Phase, Update, UpdateState
 
 FAMILIES = {
     "weightsync_updates", "weightsync_update_seconds", "weightsync_phase_seconds", "weightsync_pause_seconds",

@@ -13,10 +13,11 @@ from sidecar import history
 from sidecar.config import Timeouts
 from sidecar.coordinator import Coordinator
 from sidecar.errors import SyncError
+from sidecar.header import Header
 from sidecar.manifest import Manifest
 from sidecar.metrics import Metrics
 from sidecar.tracing import TRACE, Spans
-from sidecar.update import Header, Update
+from sidecar.update import Update
 from tests.model.engine import Failure, RuleKeepingEngine
 
 SENT = f"00-{'a' * 32}-{'b' * 16}-01"
@@ -88,7 +89,7 @@ def test_an_update_that_leaves_generation_held_has_no_length_of_that(watched: Wa
 def test_an_update_ends_with_one_line_and_its_fields(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="sidecar"):
         watched.update()
-    (record,) = [record for record in caplog.records if record.name == "sidecar.coordinator"]
+    (record,) = [record for record in caplog.records if record.name == "sidecar.in_hand"]
     assert record.getMessage().startswith(
         "update u (version 7): committed, 0 of 0 buckets, 0 bytes per rank; ms: collect"
     )

@@ -5,9 +5,10 @@ import asyncio
 import pytest
 
 from sidecar.errors import UpdateConflict
+from sidecar.header import Header
 from sidecar.manifest import Manifest
 from sidecar.place import Place
-from sidecar.update import Header, Update
+from sidecar.update import Update
 
 HEADER = Header(update_id="u", weight_version="v", rank=0, tp_size=1)
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from adapter.demo import tiny_model
+from sidecar.header import Header, Selector
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.manifest_check import Allowance, FindingKind, Report
 from sidecar.manifest_store import KnownManifest
 from sidecar.references import DRAFT_NAMES, References
-from sidecar.update import Header, Selector, Update, UpdateState, Verification
+from sidecar.update import Update, UpdateState, Verification
 
 NO_EXCEPTION = Allowance()
 NOWHERE = "/no/such/folder"

@@ -8,10 +8,11 @@ import pytest
 from sidecar import refusals
 from sidecar.engine.info import EngineInfo, parse
 from sidecar.errors import SyncError
+from sidecar.header import Header
 from sidecar.journal import Entry, Journal
 from sidecar.manifest import Manifest
 from sidecar.served import ServedWeights
-from sidecar.update import Header, Update, UpdateState
+from sidecar.update import Update, UpdateState
 
 
 @dataclass

@@ -6,11 +6,12 @@ import pytest
 
 from sidecar import refusals
 from sidecar.engine.info import EngineInfo, parse
+from sidecar.header import Header
 from sidecar.journal import Journal
 from sidecar.manifest import Manifest
 from sidecar.served import ServedWeights
 from sidecar.standing import SidecarState, Standing
-from sidecar.update import Header, Update, UpdateState
+from sidecar.update import Update, UpdateState
 from sidecar.v1 import weight_sync_pb2 as pb
 
 INFO = parse({"version": "0.5.23", "random_seed": 1})

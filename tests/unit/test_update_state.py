@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from sidecar.errors import InvalidRequest, RankAlreadyDelivered, Reason, SyncError, UnsuitableEngine, UpdateConflict
+from sidecar.header import MAX_RANKS, Header, PauseMode
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.memory import SharedMemory
-from sidecar.update import MAX_RANKS, Header, PauseMode, Phase, Transport, Update, UpdateState
+from sidecar.update import Phase, Transport, Update, UpdateState
 
 HEADER = Header(update_id="u1", weight_version="v1", rank=0, tp_size=2)
 TWO_PHASE = dataclasses.replace(HEADER, two_phase=True)

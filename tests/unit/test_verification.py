@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import pytest
 
 from sidecar.errors import ChecksumsDiffer, Reason
+from sidecar.header import Header, Selector
 from sidecar.manifest import Manifest
-from sidecar.update import Header, Selector, Update, Verification
+from sidecar.update import Update, Verification
 from sidecar.verification import Checksums, Verifier
 
 

@@ -8,8 +8,9 @@ import pytest
 from sidecar import refusals
 from sidecar.callers import WHOLE_UPDATE
 from sidecar.errors import Reason, SyncError
+from sidecar.header import Header
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
-from sidecar.update import Header, Update, UpdateState
+from sidecar.update import Update, UpdateState
 from sidecar.waiting import Waiting
 
 HEADER = Header(update_id="u", weight_version="v", rank=0, tp_size=2)
