@@ -8,6 +8,9 @@ With gloo, dropping the group closes its connections, which ends what the others
 way keeps them open until it ends or times out (run with torch 2.14). NCCL makes its connections in the first broadcast,
 inside a call that nothing ends if a peer has failed meanwhile (run with torch 2.11 and NCCL 2.28 on two GPUs): so all
 broadcasts are begun by a thread of the group's own, which is left behind if need be.
+Who comes to a store that is gone tries again for all of its time, and SGLang's schedulers give it 30 minutes, during
+which they do nothing else; who is let in and then cut off is told at once (run with torch 2.14). So a store whose group
+is given up turns members away (``turn_away``) until the last has come.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, cast
 
@@ -41,6 +44,9 @@ AS_SGLANG_DOES = "NCCL_CUMEM_ENABLE", "0"
 WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 POLL_S = 0.0005
 CLOSE_PATIENCE_S = 5.0
+HERE = "127.0.0.1"
+OPEN_S = 0.5
+"""How long a member may be between the door and the wait for others, to be told that these do not come."""
 
 
 class Sent:
@@ -100,8 +106,7 @@ class BroadcastGroup:
         self.backend = backend
         self._join_timeout = timedelta(seconds=join_s)
         self._timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore("127.0.0.1", 0, None, True, self._join_timeout, wait_for_workers=False)  # type: ignore[attr-defined]
-        self._store: Any = store
+        self._store: Any = _store(0, join_s, serve=True)
         self.port = int(self._store.port)
         self._group: dist.ProcessGroup | None = None
         self._closing = threading.Lock()
@@ -111,8 +116,10 @@ class BroadcastGroup:
     def join(self) -> None:
         """Return once all members have joined; raises ``GroupBroken``."""
         try:
+            # As a client like the others: what this thread held of the store itself would keep it open after ``close``.
+            store = _store(self.port, self._join_timeout.total_seconds())
             with _as_nccl_must_be() if self.backend == "nccl" else nullcontext():
-                group = join_group(self._store, self.name, 0, self.world_size, self.backend, self._join_timeout)
+                group = join_group(store, self.name, 0, self.world_size, self.backend, self._join_timeout)
         except RuntimeError as error:  # torch.distributed's errors are some
             raise GroupBroken(f"not all members joined group {self.name}: {_first_line(error)}") from error
         if self.backend == "gloo":
@@ -151,6 +158,11 @@ class BroadcastGroup:
         closing.start()
         closing.join(CLOSE_PATIENCE_S)
 
+    def turn_away(self, over: Callable[[], bool], seconds: float) -> None:
+        """After ``close``: a thread tells whoever still comes to join, until ``over`` or for ``seconds``."""
+        arguments = (self.port, over, time.monotonic() + seconds)
+        threading.Thread(target=_turn_away, args=arguments, name=f"turn away {self.name}", daemon=True).start()
+
 
 def join_group(
     store: Any, name: str, rank: int, world_size: int, backend: str, timeout: timedelta
@@ -178,6 +190,20 @@ def wait_all(sent: list[Sent], give_up: float) -> None:
                 raise GroupBroken("a broadcast has not ended in time")
             time.sleep(POLL_S)
         one.check()
+
+
+def _store(port: int, seconds: float, *, serve: bool = False) -> Any:
+    """The store, or a connection to it; ``seconds``: for everything that is asked of it."""
+    return dist.TCPStore(HERE, port, None, serve, timedelta(seconds=seconds), wait_for_workers=False)  # type: ignore[attr-defined]
+
+
+def _turn_away(port: int, over: Callable[[], bool], give_up: float) -> None:
+    while not over() and time.monotonic() < give_up:
+        with suppress(RuntimeError):  # the port is not free yet, or no longer ours
+            store = _store(port, OPEN_S, serve=True)
+            time.sleep(OPEN_S)
+            del store
+        time.sleep(POLL_S)
 
 
 @contextmanager

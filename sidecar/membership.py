@@ -28,6 +28,9 @@ class Engine(Protocol):
     def attach(self) -> None:
         """Aim the next steps at the server that answers now."""
 
+    async def reach(self, group: Group) -> None:
+        """See that its trainer's store is there; raises ``UnsuitableEngine``."""
+
     async def join_group(self, group: Group) -> None:
         """Return once all members have joined."""
 
@@ -60,9 +63,10 @@ class Membership:
             raise UnsuitableEngine(Reason.GROUP_UNKNOWN, message, groupName=name)
 
     async def join(self, group: Group) -> None:
-        """Leave the group of before, and join this one. Raises ``EngineError``."""
+        """Leave the group of before, and join this one. Raises ``EngineError`` or ``UnsuitableEngine``."""
         self._engine.attach()
         await self.leave()
+        await self._engine.reach(group)
         epoch = self._perhaps[group.name] = self._engine.epoch
         try:
             await self._engine.join_group(group)

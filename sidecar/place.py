@@ -8,7 +8,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from sidecar import refusals
-from sidecar.update import Header, Update
+from sidecar.header import Header
+from sidecar.update import Update
 
 T = TypeVar("T")
 
@@ -66,6 +67,7 @@ class Place:
                 self._on_change()
 
         self._work = work = asyncio.create_task(to_its_end(), name=by)
+        work.add_done_callback(_looked_at)
         return await asyncio.shield(work)
 
     async def ended(self, seconds: float) -> bool:
@@ -74,3 +76,9 @@ class Place:
             return True
         done, _ = await asyncio.wait([self._work], timeout=seconds)
         return bool(done)
+
+
+def _looked_at(work: asyncio.Task[Any]) -> None:
+    """Whoever called may be gone, and asyncio reports a failure that nobody has looked at as a defect."""
+    if not work.cancelled():
+        work.exception()

@@ -29,7 +29,9 @@ POLL_S = 0.005
 LEAVE_S = 5.0
 ANSWER_S = 3.0
 """For an engine to say that a group which it waits for has been closed."""
-AS_IF_WAITING = ("ENGINE_REFUSED", "UPDATE_IN_PROGRESS")
+LATE_S = 60.0
+"""How long after its call has ended an engine may come to join: it answers requests first."""
+AS_IF_WAITING = ("ENGINE_REFUSED", "UPDATE_IN_PROGRESS", "GROUP_UNREACHABLE")
 DISCARD_PORT = 9
 NCCL, GLOO = "nccl", "gloo"
 
@@ -62,6 +64,9 @@ class Group(Protocol):
 
     def close(self) -> None:
         """Close every connection."""
+
+    def turn_away(self, over: Callable[[], bool], seconds: float) -> None:
+        """Tell whoever still comes to join that the group is closed, until ``over`` or for ``seconds``."""
 
 
 MakeGroup = Callable[[str, int, str, float, float], Group]
@@ -125,6 +130,7 @@ class FleetGroup:
         first = asking.failures()
         if broken is not None:
             group.close()  # what the engines wait for ends with it: those that hang in something else say nothing still
+            group.turn_away(lambda: not _may_come(asking), seconds + LATE_S)
         failed = asking.answers().failed
         if broken is None and not failed:
             return group
@@ -184,6 +190,12 @@ def _join(group: Group, asking: Asking[pb.InitWeightsUpdateGroupResponse], give_
             return GroupBroken("not all members joined in time")
         joining.join(POLL_S)
     return problem[0] if problem else None
+
+
+def _may_come(asking: Asking[pb.InitWeightsUpdateGroupResponse]) -> bool:
+    """Whether some engine may still be on its way: its sidecar has not said what became of it."""
+    failures = asking.failures().values()
+    return not asking.over() or any(_is_silent(error) or not error.reason for error in failures)
 
 
 def _leave(members: Sequence[Member], name: str) -> None:

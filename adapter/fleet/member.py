@@ -78,6 +78,10 @@ class Asking(Generic[A]):
             if call.done() and (error := _error(member, call)) is not None
         }
 
+    def over(self) -> bool:
+        """Whether all have ended by now."""
+        return all(call.done() for call in self._calls.values())
+
     def answers(self, within_s: float | None = None) -> Answers[A]:
         """Wait for all: each has its deadline, and those that are open after ``within_s`` are ended."""
         found: Answers[A] = Answers()

@@ -3,10 +3,10 @@
 Invariant: what a ``Fleet`` asks of a group is answered at once, and truthfully but for the bytes.
 """
 
-import torch
+import socket
+from collections.abc import Callable
 
-ANY_PORT = 29500
-"""Scripted engines do not connect to it."""
+import torch
 
 
 class NoNetwork:
@@ -14,7 +14,8 @@ class NoNetwork:
 
     def __init__(self, name: str, world_size: int, backend: str, join_s: float, timeout_s: float) -> None:
         self.name = name
-        self.port = ANY_PORT
+        self._door = socket.create_server(("", 0))  # scripted engines do not come, but their sidecars look
+        self.port = int(self._door.getsockname()[1])
         self.backend = backend
 
     def join(self) -> None:
@@ -25,7 +26,11 @@ class NoNetwork:
         return Sent()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing else is open."""
+        self._door.close()
+
+    def turn_away(self, over: Callable[[], bool], seconds: float) -> None:
+        """Nobody comes."""
 
 
 class Sent:

@@ -2,23 +2,35 @@
 
 Invariant: a load names a group only after this very server was seen to join it. Facts borrowed (SGLang 0.5.15.post1 to
 0.5.23, model_executor/model_runner*): joining and receiving hold up the scheduler until the others come, for torch's
-own 30 minutes if need be; a peer whose connection closes ends both with a 400.
+own 30 minutes if need be; a peer whose connection closes ends both with a 400. A store that cannot be connected to is
+tried again and again for as long (torch's TCPStore), which is why it is looked at here first.
 """
 
+import asyncio
 from collections.abc import Mapping
 
 from sidecar.engine.sglang import SGLangEngine
-from sidecar.errors import EngineRefused
+from sidecar.errors import EngineRefused, Reason, UnsuitableEngine
 from sidecar.group import Group
+from sidecar.header import Selector
 from sidecar.payload import LOAD_FORMAT
-from sidecar.update import Selector
 
 INIT, DESTROY = "/init_weights_update_group", "/destroy_weights_update_group"
 RECEIVE = "/update_weights_from_distributed"
+REACH_S = 5.0
 
 
 class GroupEngine(SGLangEngine):
     """One SGLang server."""
+
+    async def reach(self, group: Group) -> None:
+        """See that the store is there, from the engine's own host; raises ``UnsuitableEngine``."""
+        try:
+            async with asyncio.timeout(REACH_S):
+                _, writer = await asyncio.open_connection(group.master_address, group.master_port)
+        except (OSError, TimeoutError) as error:
+            raise _unreachable(group, error) from error
+        writer.close()
 
     async def join_group(self, group: Group) -> None:
         """Join; returns once all members have. Raises ``EngineError``."""
@@ -46,3 +58,13 @@ class GroupEngine(SGLangEngine):
         if self._bound[1].has_selector:
             body["selector"] = selector.value
         await self._post(RECEIVE, body, self._timeouts.load)
+
+
+def _unreachable(group: Group, error: Exception) -> UnsuitableEngine:
+    place = f"{group.master_address}:{group.master_port}"
+    why = f"no answer within {REACH_S:.0f} s" if isinstance(error, TimeoutError) else str(error)
+    message = (
+        f"group {group.name!r}: the trainer's store at {place} cannot be reached from the engine's host ({why}); "
+        "is the trainer gone, a firewall between, or its address another one (Fleet(address=...))?"
+    )
+    return UnsuitableEngine(Reason.GROUP_UNREACHABLE, message, groupName=group.name, address=place)

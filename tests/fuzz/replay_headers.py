@@ -9,12 +9,13 @@ from math import prod
 
 from adapter.replay import header as loader
 from sidecar import manifest as manifests
+from sidecar.header import Header
 from sidecar.manifest import ITEM_SIZES, BucketSpec, Manifest, TensorSpec
 from sidecar.manifest_check import Allowance
 from sidecar.memory import CudaIpcMemory
 from sidecar.payload import BucketPayload
 from sidecar.replay import MAGIC, _words
-from sidecar.update import Header, Update
+from sidecar.update import Update
 from tests.fuzz.values import Values
 
 LEASE = "sglang-weight-sync-lease-" + "0" * 32

@@ -9,9 +9,10 @@ from sidecar import convert, lora, refusals
 from sidecar import manifest as manifests
 from sidecar import memory as memories
 from sidecar.errors import InvalidRequest, Reason
+from sidecar.header import Header
 from sidecar.manifest import BucketSpec, Manifest, TensorSpec
 from sidecar.memory import CudaIpcMemory, Memory, SharedMemory
-from sidecar.update import Header, Update
+from sidecar.update import Update
 from sidecar.v1 import weight_sync_pb2 as pb
 
 HEADER = Header(update_id="u", weight_version="v", rank=0, tp_size=2)

@@ -71,6 +71,8 @@ class Facts:
     """Whether the sidecar can read what the model's tensors are."""
     folder: str = ""
     """One that the engine can load from disk."""
+    store_port: int = 29500
+    """Where something of the trainer's listens on this host."""
 
 
 class Valid:
@@ -181,8 +183,8 @@ class Valid:
         """Of the engine's ranks and a trainer; now and then over GPUs, which half of the engines have."""
         group = pb.WeightsUpdateGroup(
             group_name=name,
-            master_address="trainer",
-            master_port=29500,
+            master_address="127.0.0.1",
+            master_port=self.facts.store_port,
             rank_offset=1,
             world_size=1 + self.facts.tp_size,
             backend=self._rng.choice(("gloo", "gloo", "nccl")),

@@ -168,8 +168,9 @@ async def running(
     model = write_checkpoint(folder / "model")
     with ExitStack() as stack:
         regions = stack.enter_context(Regions(kind.device, folder))
-        facts = Facts(kind.tp_size, regions.handle, kind.has_checkpoint, str(model))
-        world = World(kind, stack.enter_context(_engine(kind, model)), facts, folder, servicer)
+        engine = stack.enter_context(_engine(kind, model))
+        facts = Facts(kind.tp_size, regions.handle, kind.has_checkpoint, str(model), engine.port)
+        world = World(kind, engine, facts, folder, servicer)
         server = await world.start()
         watching = asyncio.create_task(world.watch.run())
         try:

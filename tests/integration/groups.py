@@ -33,14 +33,15 @@ def received(release: str, num_buckets: int) -> list[str]:
     return [*[RECEIVE] * num_buckets, *([END] if release == SESSIONS else []), FLUSH]
 
 
-def group(name: str, **changes: object) -> pb.WeightsUpdateGroup:
-    """One that an engine with two ranks fits into."""
-    fields = {"master_address": "trainer", "master_port": 29500, "rank_offset": 1, "world_size": 3, "backend": "gloo"}
+def group(pair: Pair, name: str, **changes: object) -> pb.WeightsUpdateGroup:
+    """One that an engine with two ranks fits into, and whose store is where something listens."""
+    place = {"master_address": "127.0.0.1", "master_port": pair.engine.port}
+    fields = place | {"rank_offset": 1, "world_size": 3, "backend": "gloo"}
     return pb.WeightsUpdateGroup(group_name=name, **(fields | changes))  # type: ignore[arg-type]
 
 
 def join(pair: Pair, name: str, timeout_s: float = ANSWER_S, **changes: object) -> Joining:
-    request = pb.InitWeightsUpdateGroupRequest(group=group(name, **changes))
+    request = pb.InitWeightsUpdateGroupRequest(group=group(pair, name, **changes))
     return pair.rpc.InitWeightsUpdateGroup.future(request, timeout=timeout_s)
 
 

@@ -20,10 +20,10 @@ from sidecar.config import Timeouts
 from sidecar.coordinator import Coordinator
 from sidecar.engine.groups import GroupEngine
 from sidecar.errors import Draining, EngineRestarted
+from sidecar.header import Header
 from sidecar.manifest import BucketSpec, Manifest
 from sidecar.manifest import TensorSpec as SidecarTensor
 from sidecar.memory import Memory, SharedMemory
-from sidecar.update import Header
 from sidecar.v1 import weight_sync_pb2 as pb
 from tests.fakes import Fault, ScriptedEngine, SharedFile
 from tests.integration.conftest import StartPair

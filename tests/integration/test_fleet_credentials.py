@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch
 from adapter import Credentials, NotAllowed, SidecarUnreachable, WeightSyncError
 from adapter.fleet import Dns, Fleet
 from adapter.launch import SidecarConfig, SidecarProcess, free_port
-from adapter.process_group import Sent
+from benchmarks.fleet.no_network import NoNetwork
 from tests.fakes import ScriptedEngine
 from tests.integration.certificates import Authority
 from tests.integration.support import wait_until
@@ -20,32 +19,6 @@ from tests.integration.support import wait_until
 NAME = "sidecars.weight-sync-fleet.svc"
 ADDRESS = "127.0.0.1"
 WEIGHTS = [("layer.0.weight", torch.arange(6.0).reshape(2, 3))]
-
-
-class Nothing:
-    """In place of a broadcast: the scripted engine makes up what would come."""
-
-    def done(self) -> bool:
-        return True
-
-    def check(self) -> None:
-        pass
-
-
-class NoGroup:
-    """In place of torch.distributed's."""
-
-    def __init__(self, name: str, world_size: int, backend: str, join_s: float, timeout_s: float) -> None:
-        self.name, self.backend, self.port = name, backend, 29500
-
-    def join(self) -> None:
-        pass
-
-    def broadcast(self, flat: torch.Tensor) -> Sent:
-        return cast("Sent", Nothing())
-
-    def close(self) -> None:
-        pass
 
 
 class Guarded:
@@ -75,7 +48,7 @@ class Guarded:
         )
 
     def fleet(self, credentials: Credentials) -> Fleet:
-        return Fleet(Dns(ADDRESS, self.port), credentials=credentials, make_group=NoGroup)
+        return Fleet(Dns(ADDRESS, self.port), credentials=credentials, make_group=NoNetwork)
 
 
 @pytest.fixture

@@ -41,8 +41,8 @@ def test_nothing_is_posted_before_prepare_nor_received_before_commit(
     join(pair, "in order").result(ANSWER_S)
     assert pair.posts()[-1] == INIT
     assert pair.bodies(INIT)[-1] == {
-        "master_address": "trainer",
-        "master_port": 29500,
+        "master_address": "127.0.0.1",
+        "master_port": pair.engine.port,
         "rank_offset": 1,
         "world_size": 3,
         "group_name": "in order",
@@ -195,7 +195,7 @@ def test_ranks_that_count_themselves_differently_end_their_update(pair: Pair) ->
 
 def test_the_group_is_shown_while_the_engine_is_in_it(pair: Pair) -> None:
     joined(pair, "shown")
-    assert pair.status().group == group("shown")
+    assert pair.status().group == group(pair, "shown")
 
 
 def test_an_update_over_a_group_can_go_to_an_engine_that_memory_heals_as_well(start: StartPair) -> None:

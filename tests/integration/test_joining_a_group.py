@@ -7,6 +7,7 @@ import time
 import grpc
 import pytest
 
+from adapter.launch import free_port
 from sidecar.v1 import weight_sync_pb2 as pb
 from tests.fakes import Fault
 from tests.integration.conftest import StartPair
@@ -68,6 +69,18 @@ def test_a_group_that_the_engine_cannot_be_in_is_refused_before_it_hears_of_it(
     refused = refusal(join(pair, "unsuitable", **changes))  # type: ignore[arg-type]
     assert (refused.code, refused.reason) == (code, reason)
     assert (pair.posts(), pair.engine.groups) == ([], ["stays"])
+
+
+def test_an_engine_never_hears_of_a_store_that_cannot_be_reached_and_would_be_tried_for_half_an_hour(
+    pair: Pair,
+) -> None:
+    refused = refusal(join(pair, "unreachable", master_port=free_port()))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "GROUP_UNREACHABLE")
+    assert "the trainer's store at 127.0.0.1:" in refused.message
+    assert INIT not in pair.posts()
+    refused = refusal(join(pair, "nowhere", master_address="no-such-host.invalid"))
+    assert refused.reason == "GROUP_UNREACHABLE"
+    assert INIT not in pair.posts()
 
 
 def test_an_engine_on_a_gpu_takes_nccl(cuda_pair: Pair) -> None:

@@ -25,8 +25,8 @@ from sidecar.errors import (
     Reason,
 )
 from sidecar.group import NOT_RECEIVED, Group
+from sidecar.header import PauseMode, Selector
 from sidecar.payload import LOAD_FORMAT
-from sidecar.update import PauseMode, Selector
 from tests.fakes import shared_memory
 
 STEP_S = 0.01
@@ -192,6 +192,9 @@ class RuleKeepingEngine:
         assert self.paused, "weights written under running generation"
         for rank in range(first_rank, self.tp_size):
             self.weights.update({f"rank {rank} {name}": self.broadcasts for name in names})
+
+    async def reach(self, group: Group) -> None:
+        """Trainers are always there."""
 
     async def join_group(self, group: Group) -> None:
         await self._step(lambda: self._join(group.name))

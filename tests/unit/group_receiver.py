@@ -1,6 +1,7 @@
 """One rank of a group that receives, as an engine's does: `python -m tests.unit.group_receiver PORT NAME RANK SIZES`.
 
-Prints "joined", each broadcast's bytes in hexadecimal, and "broken" in place of one that did not come.
+Prints "joined", or "refused" if it could not, then each broadcast's bytes in hexadecimal, and "broken" in place of one
+that did not come.
 """
 
 import sys
@@ -16,7 +17,11 @@ WAIT = timedelta(seconds=60)
 
 def main(port: int, name: str, rank: int, world_size: int, sizes: list[int]) -> None:
     store = dist.TCPStore("127.0.0.1", port, None, False, WAIT)  # type: ignore[attr-defined]
-    group = join_group(store, name, rank, world_size, "gloo", WAIT)
+    try:
+        group = join_group(store, name, rank, world_size, "gloo", WAIT)
+    except RuntimeError:
+        print("refused", flush=True)
+        return
     print("joined", flush=True)
     for size in sizes:
         flat = torch.zeros(size, dtype=torch.uint8)

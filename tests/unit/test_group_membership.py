@@ -27,11 +27,17 @@ class Engine:
     """The next step."""
     carried_out: bool = False
     """Whether it was, all the same."""
+    no_store: bool = False
+    """Whether trainers cannot be reached."""
     meanwhile: Callable[[], None] = lambda: None
     """What happens while it joins."""
 
     def attach(self) -> None:
         self.steps.append("attach")
+
+    async def reach(self, group: Group) -> None:
+        if self.no_store:
+            raise Unsuitable(Reason.GROUP_UNREACHABLE, "no trainer there")
 
     async def join_group(self, group: Group) -> None:
         self._step(f"join {group.name}", lambda: self.groups.append(group.name))
@@ -95,6 +101,16 @@ def test_another_group_is_joined_after_the_first_is_left() -> None:
     here.joins("b")
     assert here.engine.steps == ["attach", "join a", "attach", "leave a", "join b"]
     assert (here.name, here.engine.groups) == ("b", ["b"])
+
+
+def test_a_group_whose_store_cannot_be_reached_is_not_joined_and_the_one_before_is_left() -> None:
+    here = Here()
+    here.joins("a")
+    here.engine.no_store = True
+    with pytest.raises(Unsuitable, match="no trainer there"):
+        here.joins("b")
+    assert here.engine.steps == ["attach", "join a", "attach", "leave a"]
+    assert (here.name, here.leaves(), here.lost) == ("", False, [])
 
 
 @pytest.mark.parametrize(("joined", "there"), [("", "is in no group"), ("a", "is in group 'a'")])

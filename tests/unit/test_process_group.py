@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import torch
@@ -135,3 +137,39 @@ def test_another_group_of_that_name_can_be_made_once_the_first_is_closed(joined:
         wait_all([group.broadcast(tensor(content))], time.monotonic() + SOON_S)
         assert bytes.fromhex(other.says()) == content
         group.close()
+
+
+def test_who_comes_to_join_after_the_group_was_given_up_is_told_so_at_once() -> None:
+    group = BroadcastGroup("given up", 3, "gloo", LONG_S, LONG_S)
+    joining = threading.Thread(target=lambda: suppressing(group.join), daemon=True)
+    joining.start()
+    with ExitStack() as stack:
+        early, late = (Receiver(group, rank, ()) for rank in (1, 2))
+        for other in (early, late):
+            stack.callback(other.end)
+        over = threading.Event()
+        stack.callback(over.set)
+        with soon():
+            group.close()  # before either of them has started up
+            group.turn_away(over.is_set, LONG_S)
+            joining.join()
+            assert [early.says(), late.says()] == ["refused", "refused"]
+
+
+def test_the_store_is_closed_for_good_once_nobody_is_on_the_way() -> None:
+    group = BroadcastGroup("over", 2, "gloo", LONG_S, LONG_S)
+    group.close()
+    group.turn_away(lambda: True, LONG_S)
+    with soon():
+        while is_open(group.port):
+            time.sleep(0.05)
+
+
+def suppressing(join: Callable[[], None]) -> None:
+    with suppress(GroupBroken):
+        join()
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as door:
+        return door.connect_ex(("127.0.0.1", port)) == 0
