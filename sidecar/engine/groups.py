@@ -28,7 +28,7 @@ class GroupEngine(SGLangEngine):
         try:
             async with asyncio.timeout(REACH_S):
                 _, writer = await asyncio.open_connection(group.master_address, group.master_port)
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, UnicodeError) as error:  # the last for what cannot be a host's name
             raise _unreachable(group, error) from error
         writer.close()
 

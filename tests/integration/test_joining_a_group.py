@@ -78,8 +78,8 @@ def test_an_engine_never_hears_of_a_store_that_cannot_be_reached_and_would_be_tr
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "GROUP_UNREACHABLE")
     assert "the trainer's store at 127.0.0.1:" in refused.message
     assert INIT not in pair.posts()
-    refused = refusal(join(pair, "nowhere", master_address="no-such-host.invalid"))
-    assert refused.reason == "GROUP_UNREACHABLE"
+    for address in ("no-such-host.invalid", "two..dots", "x" * 64):
+        assert refusal(join(pair, "nowhere", master_address=address)).reason == "GROUP_UNREACHABLE"
     assert INIT not in pair.posts()
 
 
