@@ -45,8 +45,8 @@ WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 POLL_S = 0.0005
 CLOSE_PATIENCE_S = 5.0
 HERE = "127.0.0.1"
-OPEN_S = 0.5
-"""How long a member may be between the door and the wait for others, to be told that these do not come."""
+OPEN_S, CLOSED_S = 0.5, 0.1
+"""How long a store that turns members away lets them in before it cuts them off, and how long it is shut then."""
 
 
 class Sent:
@@ -161,7 +161,7 @@ class BroadcastGroup:
     def turn_away(self, over: Callable[[], bool], seconds: float) -> None:
         """After ``close``: a thread tells whoever still comes to join, until ``over`` or for ``seconds``."""
         arguments = (self.port, over, time.monotonic() + seconds)
-        threading.Thread(target=_turn_away, args=arguments, name=f"turn away {self.name}", daemon=True).start()
+        threading.Thread(target=_turn_away, args=arguments, name=f"turn away {self.name}").start()
 
 
 def join_group(
@@ -198,12 +198,13 @@ def _store(port: int, seconds: float, *, serve: bool = False) -> Any:
 
 
 def _turn_away(port: int, over: Callable[[], bool], give_up: float) -> None:
-    while not over() and time.monotonic() < give_up:
+    """No daemon, which might be ended inside of torch at exit; so it looks for that itself."""
+    while not over() and time.monotonic() < give_up and threading.main_thread().is_alive():
         with suppress(RuntimeError):  # the port is not free yet, or no longer ours
             store = _store(port, OPEN_S, serve=True)
             time.sleep(OPEN_S)
             del store
-        time.sleep(POLL_S)
+        time.sleep(CLOSED_S)
 
 
 @contextmanager

@@ -128,13 +128,13 @@ class FleetGroup:
         patience_s = max(seconds - ANSWER_S, seconds / 2)  # so that there is time to tell who waited from who hangs
         broken = _join(group, asking, time.monotonic() + patience_s)
         first = asking.failures()
-        if broken is not None:
-            group.close()  # what the engines wait for ends with it: those that hang in something else say nothing still
-            group.turn_away(lambda: not _may_come(asking), seconds + LATE_S)
+        if broken is not None:  # what the engines wait for ends with it: those that hang otherwise say nothing still
+            _give_up(group, asking, seconds)
         failed = asking.answers().failed
         if broken is None and not failed:
             return group
-        group.close()
+        if broken is None:
+            _give_up(group, asking, seconds)
         _leave(members, name)
         blamed = to_blame(failed, first)
         raise NotJoined(f"group {name} was not joined by all: {_first(blamed) or broken}", blamed)
@@ -190,6 +190,12 @@ def _join(group: Group, asking: Asking[pb.InitWeightsUpdateGroupResponse], give_
             return GroupBroken("not all members joined in time")
         joining.join(POLL_S)
     return problem[0] if problem else None
+
+
+def _give_up(group: Group, asking: Asking[pb.InitWeightsUpdateGroupResponse], seconds: float) -> None:
+    """A member that has not come yet would look for the store until its own time is over."""
+    group.close()
+    group.turn_away(lambda: not _may_come(asking), seconds + LATE_S)
 
 
 def _may_come(asking: Asking[pb.InitWeightsUpdateGroupResponse]) -> bool:

@@ -18,6 +18,11 @@ class NoNetwork:
         self.port = int(self._door.getsockname()[1])
         self.backend = backend
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was."""
+        return self._door.fileno() < 0
+
     def join(self) -> None:
         """All are there."""
 

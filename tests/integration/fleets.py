@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
+from adapter.errors import GroupBroken
 from adapter.fleet import Discovery, EngineState, Fleet, FleetResult, FleetUpdateFailed
 from benchmarks.fleet.no_network import NoNetwork
 from sidecar.v1 import weight_sync_pb2 as pb
@@ -24,13 +26,28 @@ TIMEOUT_S = 40.0
 
 
 class Named(NoNetwork):
-    """Remembers which groups were made, and of how many ranks."""
+    """Remembers which groups were made, of how many ranks, and from which members were turned away, and until when."""
 
     made: ClassVar[list[tuple[str, int]]] = []
+    turned_away: ClassVar[list[tuple[str, bool, Callable[[], bool]]]] = []
 
     def __init__(self, name: str, world_size: int, backend: str, join_s: float, timeout_s: float) -> None:
         super().__init__(name, world_size, backend, join_s, timeout_s)
         self.made.append((name, world_size))
+
+    def turn_away(self, over: Callable[[], bool], seconds: float) -> None:
+        assert self.is_closed, "who is let in before that waits for all"
+        self.turned_away.append((self.name, over(), over))
+
+
+class NeverWhole(Named):
+    """The first one: this process waits in vain, as it does in torch, until the group is closed."""
+
+    def join(self) -> None:
+        while len(self.made) == 1 and not self.is_closed:
+            time.sleep(0.01)
+        if self.is_closed:
+            raise GroupBroken("it was closed")
 
 
 class Trio:
@@ -63,6 +80,7 @@ class Trio:
             pair.mark()
         self.fenced.clear()
         Named.made.clear()
+        Named.turned_away.clear()
 
     def posts(self) -> list[list[str]]:
         """To each engine since the mark, but for joining and leaving groups."""

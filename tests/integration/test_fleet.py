@@ -9,7 +9,7 @@ import pytest
 from adapter.fleet import ALL_OR_NOTHING, BEST_EFFORT, Asked, EngineState, Fleet, FleetUpdateFailed, Policy, quorum
 from sidecar.v1 import weight_sync_pb2 as pb
 from tests.fakes import FOREVER, Fault
-from tests.integration.fleets import LET_GO, WEIGHTS, WHOLE_UPDATE, Named, Trio, restart, states, update
+from tests.integration.fleets import LET_GO, WEIGHTS, WHOLE_UPDATE, Named, NeverWhole, Trio, restart, states, update
 from tests.integration.groups import BEGIN, INIT, PAUSE, PUBLISH, RECEIVE, RESUME
 
 PUBLISHED, UNTOUCHED, DIRTY, UNREACHABLE = EngineState
@@ -87,6 +87,18 @@ def test_a_fleet_without_a_member_says_so() -> None:
 
 
 # Somebody fails before anything is written.
+
+
+def test_who_is_on_the_way_to_a_group_that_another_one_refused_is_turned_away_until_it_has_come(trio: Trio) -> None:
+    trio.pairs[0].engine.fault(INIT, Fault.LATE, delay_s=1.0)
+    trio.pairs[1].engine.fault(INIT, Fault.REFUSE)
+    with trio.fleet(policy=quorum(2), make_group=NeverWhole) as fleet:
+        result = update(fleet, trio.v(1))
+    assert (result.attempts, result.left_behind) == (2, [trio.targets[1]])
+    (given_up, went_on) = Named.made
+    ((name, over_at_once, over),) = Named.turned_away
+    assert (name, over_at_once, over()) == (given_up[0], False, True)
+    assert went_on[0] != given_up[0]
 
 
 @pytest.mark.parametrize("path", [PAUSE, BEGIN])
