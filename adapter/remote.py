@@ -87,7 +87,7 @@ class RemoteUpdates:
             return self._follow(named_tensors, specs, update_id, timeout)
         began = time.monotonic()
         try:
-            self._fleet.update_weights(
+            result = self._fleet.update_weights(
                 named_tensors, specs=specs, version=version, update_id=update_id, timeout=timeout, **options
             )
         except BaseException as failure:
@@ -96,7 +96,9 @@ class RemoteUpdates:
             if isinstance(failure, FleetUpdateFailed):
                 raise failure.errors.get(self._target, failure) from failure
             raise
-        return _verdict(self._ask(update_id).outcome)
+        update = result.engines[self._target].update
+        assert update is not None, "all of the fleet have published it"
+        return update
 
     def give_up(
         self, named_tensors: NamedTensors, specs: Sequence[TensorSpec] | None, update_id: str, cause: Exception

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from adapter.errors import WeightSyncError
+from adapter.wire import UpdateResult
 
 
 class EngineState(StrEnum):
@@ -31,8 +32,8 @@ class EngineResult:
     """Why it is not published, in a sentence."""
     fenced: bool = False
     """Whether its sidecar was told to take it out of service."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """By phase, as its sidecar measured them."""
+    update: UpdateResult | None = None
+    """How it went there, as its sidecar tells it, if it is published."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from adapter import wire
 from adapter.errors import (
     IncompatibleSidecar,
     NotAllowed,
@@ -112,17 +113,10 @@ class Story:
             state=self.state(member),
             error=str(error) if error else "",
             fenced=member in self.fenced,
-            seconds=_seconds(outcome) if outcome else {},
+            update=wire.result(outcome) if outcome else None,
         )
 
 
 def was_hit(error: WeightSyncError) -> bool:
     """Whether a member failed because another one did."""
     return isinstance(error, UpdateFailed | UpdateAborted) and any(words in str(error) for words in HIT_BY_ANOTHER)
-
-
-def _seconds(outcome: pb.UpdateOutcome) -> dict[str, float]:
-    return {
-        pb.Phase.Name(phase.phase).removeprefix("PHASE_").lower(): phase.duration.ToMicroseconds() / 1e6
-        for phase in outcome.phases
-    }

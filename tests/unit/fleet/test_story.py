@@ -105,11 +105,13 @@ def test_an_engines_own_phases_are_told_in_seconds(three: Three) -> None:
     phase = pb.PhaseDuration(phase=pb.PHASE_LOAD, duration=Duration(seconds=1, nanos=500_000_000))
     story = Story({})
     story.add(Try(published={a: pb.UpdateOutcome(phases=[phase])}, decided=True))
-    assert story.results()["a:1"].seconds == {"load": 1.5}
+    update = story.results()["a:1"].update
+    assert update is not None
+    assert update.phases == {"load": 1.5}
 
 
 def test_the_failure_of_a_fleet_survives_being_sent_to_another_process() -> None:
-    engine = EngineResult(target="a:1", state=EngineState.DIRTY, error="half", seconds={"load": 1.0})
+    engine = EngineResult(target="a:1", state=EngineState.DIRTY, error="half")
     failed = FleetUpdateFailed("too few", {"a:1": engine}, {"a:1": UpdateFailed("half", reason="UPDATE_FAILED")})
     again = pickle.loads(pickle.dumps(failed))
     assert (type(again), str(again), again.engines) == (FleetUpdateFailed, "too few", {"a:1": engine})
