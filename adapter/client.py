@@ -4,8 +4,8 @@ Runs in every TP rank of the trainer, in its own process, with torch and gRPC al
 pickle. All ranks call with the same names, dtypes, shapes and version, in any order; rank r sends full tensors from
 the memory that the engine's TP rank r can open (the same GPU, or the same host).
 
-Invariant: which way the bytes go (``adapter.local``, ``adapter.remote``) changes the speed of an update, and nothing of
-what its caller may rely on.
+Invariant: which way the bytes go (``adapter.local``, ``adapter.remote``) changes neither when an update counts as
+done nor what its errors say about the engine.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class WeightSyncClient:
         Takes part in all gathers of ``named_tensors`` that they go through. Raises only ``ValueError`` for tensors
         that could not have been sent.
         """
-        if self.transport == DISTRIBUTED:
+        if self._transport_within(ABORT_S) == DISTRIBUTED:
             self._remote.give_up(named_tensors, specs, update_id or version, cause)
             return
         header = pb.UpdateHeader(

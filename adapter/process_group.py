@@ -9,8 +9,8 @@ way keeps them open until it ends or times out (run with torch 2.14). NCCL makes
 inside a call that nothing ends if a peer has failed meanwhile (run with torch 2.11 and NCCL 2.28 on two GPUs): so all
 broadcasts are begun by a thread of the group's own, which is left behind if need be.
 Who comes to a store that is gone tries again for all of its time, and SGLang's schedulers give it 30 minutes, during
-which they do nothing else; who is let in and then cut off is told at once (run with torch 2.14). So a store whose group
-is given up turns members away (``turn_away``) until the last has come.
+which they do nothing else; who is let in and then cut off is told at once (run with torch 2.14 and gloo). So a store
+whose group is given up turns members away (``turn_away``) until the last has come.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
@@ -200,10 +200,12 @@ def _store(port: int, seconds: float, *, serve: bool = False) -> Any:
 def _turn_away(port: int, over: Callable[[], bool], give_up: float) -> None:
     """No daemon, which might be ended inside of torch at exit; so it looks for that itself."""
     while not over() and time.monotonic() < give_up and threading.main_thread().is_alive():
-        with suppress(RuntimeError):  # the port is not free yet, or no longer ours
+        try:
             store = _store(port, OPEN_S, serve=True)
             time.sleep(OPEN_S)
             del store
+        except RuntimeError as error:  # the port is not free yet, or no longer ours
+            logger.debug("port %d cannot be opened: %s", port, _first_line(error))
         time.sleep(CLOSED_S)
 
 

@@ -18,7 +18,7 @@ class UpdateResult:
     weight_version: str
     """What the engine's answers carry from now on."""
     num_posts: int
-    """POSTs to the engine's /update_weights_from_tensor: one per bucket, whatever the number of ranks."""
+    """Loads that the engine was asked for: one per bucket, whatever the number of ranks."""
     cache_flushed: bool
     """Whether the prefix cache was emptied. If not, later answers may rest on KV of the old weights."""
     phases: dict[str, float]

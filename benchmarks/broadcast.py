@@ -106,8 +106,9 @@ def _measure(
             warm_up = repeat < options.warm_ups
             counts = {"bytes": total, "buckets": len(cut.buckets)}
             file.add(Sample(**common, way=BARE, seconds=bare_s, counts=counts, warm_up=warm_up))
-            engine = result.engines[target].seconds
-            phases = {**result.seconds, **{f"engine {name}": value for name, value in engine.items()}}
+            engine = result.engines[target].update
+            assert engine is not None, "the one engine has published it"
+            phases = {**result.seconds, **{f"engine {name}": value for name, value in engine.phases.items()}}
             file.add(Sample(**common, way=UPDATE, seconds=seconds, phases=phases, counts=counts, warm_up=warm_up))
     print(table(options.out), flush=True)
 

@@ -75,7 +75,14 @@ class Coordinator:
         )
         self._membership = Membership(engine, self._served.fence)
         self._in_hand = InHand(
-            engine, timeouts, self._membership, self._served, self._replay, spans or Spans(), on_change, self._ended
+            engine,
+            timeouts,
+            membership=self._membership,
+            served=self._served,
+            replay=self._replay,
+            spans=spans or Spans(),
+            on_change=on_change,
+            on_ended=self._ended,
         )
         self._place, self._waiting = self._in_hand.place, self._in_hand.waiting
         self._recovery = Recovery(engine, self._served, self.changed)
@@ -387,8 +394,8 @@ class Coordinator:
         return update
 
     def _start(self, update: Update, payloads: tuple[BucketPayload, ...] = ()) -> None:
-        self._updates.add(update)
         self._in_hand.begin(update, payloads)
+        self._updates.add(update)
 
     def _agree(self, update: Update, header: Header, known: KnownManifest) -> None:
         """Ranks must send the same: a difference while collecting gives the update up for all of them."""
@@ -422,7 +429,7 @@ class Coordinator:
         admission.check_handles(handles, update.manifest, rank, update.placement)
         admission.check_own_memory(handles, rank, update.deliveries)
 
-    # Waiting.
+    # What has happened.
 
     def engine_changed(self) -> None:
         """The watch has seen something new."""
@@ -437,6 +444,8 @@ class Coordinator:
     def _ended(self, update: Update) -> None:
         self.references.ended(update)
         self._on_ended(update)
+
+    # Waiting.
 
     async def _until_ended(self, update: Update, rank: int, budget_s: float) -> Update:
         await self._waiting.call(update, rank, WHOLE_UPDATE, self._waiting.until_over(update), budget_s)

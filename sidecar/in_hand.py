@@ -50,6 +50,7 @@ class InHand:
         self,
         engine: Engine,
         timeouts: Timeouts,
+        *,
         membership: Membership,
         served: ServedWeights,
         replay: Replay,
@@ -73,10 +74,10 @@ class InHand:
 
     @property
     def update(self) -> Update | None:
-        """Itself."""
+        """The one that is, from its first rank's arrival to its end."""
         return self.place.update
 
-    def begin(self, update: Update, payloads: tuple[BucketPayload, ...] = ()) -> None:
+    def begin(self, update: Update, payloads: tuple[BucketPayload, ...]) -> None:
         """Take it in; ``payloads``: what the engine is sent of each of its buckets."""
         self.place.take(update)
         self._payloads = payloads
@@ -117,7 +118,7 @@ class InHand:
             self._give_up_after_restart(self.update)
 
     async def drain(self, seconds: float) -> bool:
-        """Give up what is only being collected, and let an update that is applied end; whether none was broken off."""
+        """Give up what is only being collected, and let what is applied end; whether nothing is left half-way."""
         if self.update and self.update.state is UpdateState.COLLECTING:
             self.give_up(self.update, refusals.draining())
         update, applying = self.update, self._applying

@@ -63,10 +63,13 @@ class Membership:
             raise UnsuitableEngine(Reason.GROUP_UNKNOWN, message, groupName=name)
 
     async def join(self, group: Group) -> None:
-        """Leave the group of before, and join this one. Raises ``EngineError`` or ``UnsuitableEngine``."""
+        """Leave the group of before, and join this one, if its store is there.
+
+        Raises ``EngineError`` or ``UnsuitableEngine``.
+        """
         self._engine.attach()
-        await self.leave()
         await self._engine.reach(group)
+        await self.leave()
         epoch = self._perhaps[group.name] = self._engine.epoch
         try:
             await self._engine.join_group(group)

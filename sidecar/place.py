@@ -4,12 +4,16 @@ Invariant: never both, and never two.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from sidecar import refusals
+from sidecar.errors import SyncError
 from sidecar.header import Header
 from sidecar.update import Update
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -79,6 +83,7 @@ class Place:
 
 
 def _looked_at(work: asyncio.Task[Any]) -> None:
-    """Whoever called may be gone, and asyncio reports a failure that nobody has looked at as a defect."""
-    if not work.cancelled():
-        work.exception()
+    """Whoever called may be gone: what was refused then concerns nobody, but a defect must not vanish."""
+    error = None if work.cancelled() else work.exception()
+    if error is not None and not isinstance(error, SyncError):
+        logger.error("%s: a defect in the sidecar", work.get_name(), exc_info=error)

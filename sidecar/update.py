@@ -1,4 +1,6 @@
-"""One update as a state machine: pure, without waiting, time or I/O; the coordinator is its only writer.
+"""One update as a state machine: pure, without waiting, time or I/O.
+
+Written by the coordinator, ``in_hand`` and the applier alone.
 
                  every rank joined with one manifest
                  and delivered its first bucket, or
@@ -152,7 +154,7 @@ class Update:
     model_path: str | None = None
     """For a disk update, whose manifest is empty: the folder that the engine loads."""
     checked: Checked | None = None
-    """What its manifest was found to be like; None for a disk update."""
+    """What its manifest was found to be like, if it was looked at."""
     started: float = 0.0
     """On the coordinator's clock."""
     state: UpdateState = UpdateState.COLLECTING

@@ -20,7 +20,7 @@ from typing import Protocol, TypeAlias
 import grpc
 import torch
 
-from adapter.errors import GroupBroken, WeightSyncError
+from adapter.errors import GroupBroken, IncompatibleSidecar, NotAllowed, SidecarUnreachable, WeightSyncError
 from adapter.fleet.member import Asking, Member, ask, left, metadata
 from adapter.process_group import BroadcastGroup
 from sidecar.v1 import weight_sync_pb2 as pb
@@ -29,6 +29,7 @@ POLL_S = 0.005
 LEAVE_S = 5.0
 ANSWER_S = 3.0
 """For an engine to say that a group which it waits for has been closed."""
+NOT_ANSWERED = ("", "ENGINE_TIMEOUT", "ENGINE_LOST")
 LATE_S = 60.0
 """How long after its call has ended an engine may come to join: it answers requests first."""
 AS_IF_WAITING = ("ENGINE_REFUSED", "UPDATE_IN_PROGRESS", "GROUP_UNREACHABLE")
@@ -126,7 +127,11 @@ class FleetGroup:
         group = self._make(name, world_size, backend, seconds, self._timeout_s)
         asking = ask(members, _joining(members, group, address, world_size, seconds))
         patience_s = max(seconds - ANSWER_S, seconds / 2)  # so that there is time to tell who waited from who hangs
-        broken = _join(group, asking, time.monotonic() + patience_s)
+        try:
+            broken = _join(group, asking, time.monotonic() + patience_s)
+        except BaseException:  # Ctrl-C
+            _give_up(group, asking, seconds)
+            raise
         first = asking.failures()
         if broken is not None:  # what the engines wait for ends with it: those that hang otherwise say nothing still
             _give_up(group, asking, seconds)
@@ -199,9 +204,16 @@ def _give_up(group: Group, asking: Asking[pb.InitWeightsUpdateGroupResponse], se
 
 
 def _may_come(asking: Asking[pb.InitWeightsUpdateGroupResponse]) -> bool:
-    """Whether some engine may still be on its way: its sidecar has not said what became of it."""
-    failures = asking.failures().values()
-    return not asking.over() or any(_is_silent(error) or not error.reason for error in failures)
+    """Whether some engine may still be on its way: nobody has said what became of it, or that it was never asked."""
+    return not asking.over() or any(may_come(error) for error in asking.failures().values())
+
+
+def may_come(error: WeightSyncError) -> bool:
+    """Whether the engine of whoever failed so may have been told of the group, and has not answered."""
+    if isinstance(error, SidecarUnreachable):
+        return not error.took_nothing
+    never_asked = isinstance(error, IncompatibleSidecar | NotAllowed)
+    return not never_asked and error.reason in NOT_ANSWERED
 
 
 def _leave(members: Sequence[Member], name: str) -> None:

@@ -8,13 +8,16 @@ from collections.abc import Callable
 
 import torch
 
+MANY = 4096
+"""Connections that nobody accepts; each is of a sidecar that has closed it."""
+
 
 class NoNetwork:
     """In place of ``BroadcastGroup``; a ``MakeGroup``."""
 
     def __init__(self, name: str, world_size: int, backend: str, join_s: float, timeout_s: float) -> None:
         self.name = name
-        self._door = socket.create_server(("", 0))  # scripted engines do not come, but their sidecars look
+        self._door = socket.create_server(("", 0), backlog=MANY)  # engines do not come, but their sidecars look
         self.port = int(self._door.getsockname()[1])
         self.backend = backend
 

@@ -18,16 +18,19 @@ from sidecar.payload import LOAD_FORMAT
 INIT, DESTROY = "/init_weights_update_group", "/destroy_weights_update_group"
 RECEIVE = "/update_weights_from_distributed"
 REACH_S = 5.0
+NEXT_ADDRESS_S = 0.25
+"""Of a name with several: one that does not answer does not keep the next one waiting."""
 
 
 class GroupEngine(SGLangEngine):
     """One SGLang server."""
 
     async def reach(self, group: Group) -> None:
-        """See that the store is there, from the engine's own host; raises ``UnsuitableEngine``."""
+        """See that the store is there, from this host, the engine's (first node's); raises ``UnsuitableEngine``."""
+        host = group.master_address.strip("[]")  # as torch takes it out of an URL
         try:
             async with asyncio.timeout(REACH_S):
-                _, writer = await asyncio.open_connection(group.master_address, group.master_port)
+                _, writer = await asyncio.open_connection(host, group.master_port, happy_eyeballs_delay=NEXT_ADDRESS_S)
         except (OSError, TimeoutError, UnicodeError) as error:  # the last for what cannot be a host's name
             raise _unreachable(group, error) from error
         writer.close()

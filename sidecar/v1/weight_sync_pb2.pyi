@@ -1255,7 +1255,7 @@ class WeightsUpdateGroup(_message.Message):
     group_name: _builtins.str
     """Names it; new for every attempt, at most 128 printable characters."""
     master_address: _builtins.str
-    """Where the trainer's rank 0 serves the group's TCPStore: a host name or address that the engine reaches."""
+    """Where the trainer's rank 0 serves the group's TCPStore: a host name or address that engine and sidecar reach."""
     master_port: _builtins.int
     """Its port."""
     rank_offset: _builtins.int

@@ -16,8 +16,8 @@ WAIT = timedelta(seconds=60)
 
 
 def main(port: int, name: str, rank: int, world_size: int, sizes: list[int]) -> None:
-    store = dist.TCPStore("127.0.0.1", port, None, False, WAIT)  # type: ignore[attr-defined]
     try:
+        store = dist.TCPStore("127.0.0.1", port, None, False, WAIT)  # type: ignore[attr-defined]
         group = join_group(store, name, rank, world_size, "gloo", WAIT)
     except RuntimeError:
         print("refused", flush=True)

@@ -103,14 +103,14 @@ def test_another_group_is_joined_after_the_first_is_left() -> None:
     assert (here.name, here.engine.groups) == ("b", ["b"])
 
 
-def test_a_group_whose_store_cannot_be_reached_is_not_joined_and_the_one_before_is_left() -> None:
+def test_a_group_whose_store_cannot_be_reached_is_not_joined_and_the_one_before_stays() -> None:
     here = Here()
     here.joins("a")
     here.engine.no_store = True
     with pytest.raises(Unsuitable, match="no trainer there"):
         here.joins("b")
-    assert here.engine.steps == ["attach", "join a", "attach", "leave a"]
-    assert (here.name, here.leaves(), here.lost) == ("", False, [])
+    assert here.engine.steps == ["attach", "join a", "attach"]
+    assert (here.name, here.lost) == ("a", [])
 
 
 @pytest.mark.parametrize(("joined", "there"), [("", "is in no group"), ("a", "is in group 'a'")])

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from sidecar.errors import UpdateConflict
+from sidecar.errors import Reason, UpdateConflict
 from sidecar.header import Header
 from sidecar.manifest import Manifest
 from sidecar.place import Place
@@ -73,3 +73,21 @@ async def test_work_that_fails_gives_the_place_back_and_raises() -> None:
     with pytest.raises(ConnectionError):
         await one.claiming("work", fails)
     one.claim("again")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told"),
+    [(ZeroDivisionError("a slip"), True), (UpdateConflict(Reason.UPDATE_IN_PROGRESS, "no"), False)],
+)
+async def test_a_defect_that_no_caller_hears_of_is_logged(
+    caplog: pytest.LogCaptureFixture, error: Exception, is_told: bool
+) -> None:
+    async def fails() -> None:
+        await asyncio.sleep(0.01)
+        raise error
+
+    caller = asyncio.create_task(place().claiming("fencing", fails))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.sleep(0.05)
+    assert [record.message for record in caplog.records] == ["fencing: a defect in the sidecar"] * is_told

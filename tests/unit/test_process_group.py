@@ -144,8 +144,8 @@ def test_who_comes_to_join_after_the_group_was_given_up_is_told_so_at_once() -> 
     joining = threading.Thread(target=lambda: suppressing(group.join), daemon=True)
     joining.start()
     with ExitStack() as stack:
-        early, late = (Receiver(group, rank, ()) for rank in (1, 2))
-        for other in (early, late):
+        others = [Receiver(group, rank, ()) for rank in (1, 2)]
+        for other in others:
             stack.callback(other.end)
         over = threading.Event()
         stack.callback(over.set)
@@ -153,16 +153,34 @@ def test_who_comes_to_join_after_the_group_was_given_up_is_told_so_at_once() -> 
             group.close()  # before either of them has started up
             group.turn_away(over.is_set, LONG_S)
             joining.join()
-            assert [early.says(), late.says()] == ["refused", "refused"]
+            assert [other.says() for other in others] == ["refused", "refused"]
 
 
 def test_the_store_is_closed_for_good_once_nobody_is_on_the_way() -> None:
     group = BroadcastGroup("over", 2, "gloo", LONG_S, LONG_S)
     group.close()
-    group.turn_away(lambda: True, LONG_S)
+    over = threading.Event()
+    group.turn_away(over.is_set, LONG_S)
     with soon():
-        while is_open(group.port):
-            time.sleep(0.05)
+        while not is_open(group.port):
+            time.sleep(0.01)
+        over.set()
+        turning_away("over").join()
+    assert not is_open(group.port)
+
+
+def test_the_store_is_closed_after_its_time_though_somebody_is_on_the_way() -> None:
+    group = BroadcastGroup("long over", 2, "gloo", LONG_S, LONG_S)
+    group.close()
+    with soon():
+        group.turn_away(lambda: False, 0.2)
+        turning_away("long over").join()
+    assert not is_open(group.port)
+
+
+def turning_away(name: str) -> threading.Thread:
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == f"turn away {name}"]
+    return thread
 
 
 def suppressing(join: Callable[[], None]) -> None:
