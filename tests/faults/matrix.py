@@ -192,7 +192,7 @@ def _broken_rank(what: What, when: When, one_call: bool) -> Expected:
         pushes = what is What.CUT and when is When.BETWEEN
         return _dirty(other=FAILED if pushes else _gone(what, "FAILED"))
     if one_call and when is When.COLLECT:
-        return _aborted(MISSING, _gone(what, "ABORTED"), "ranks that call later wait for it until their own deadline")
+        return _aborted(ABORTED, _gone(what, "ABORTED"), "ranks that call soon after are told at once")
     return _aborted(ABORTED, _gone(what, "ABORTED"))
 
 
