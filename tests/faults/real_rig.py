@@ -45,7 +45,8 @@ class RealRig:
         self.workdir = workdir
         self.tp_size = tp_size
         model = tiny_model.write_config(workdir / "model")
-        self._config = cpu_engine(workdir, model, tp_size=tp_size)
+        # What is cached, or batched, is rounded in other ways: in bfloat16 that turns a token now and then.
+        self._config = cpu_engine(workdir, model, tp_size=tp_size, extra_args=("--dtype", "float32"))
         self._num_spares = num_kills
         self.ranks: list[RankProcess] = []
         self._seeds = itertools.cycle(SEEDS)
