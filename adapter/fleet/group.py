@@ -133,13 +133,10 @@ class FleetGroup:
             _give_up(group, asking, seconds)
             raise
         first = asking.failures()
-        if broken is not None:  # what the engines wait for ends with it: those that hang otherwise say nothing still
-            _give_up(group, asking, seconds)
-        failed = asking.answers().failed
-        if broken is None and not failed:
+        if broken is None and not asking.answers().failed:
             return group
-        if broken is None:
-            _give_up(group, asking, seconds)
+        _give_up(group, asking, seconds)  # ends what engines wait for: those that hang otherwise say nothing still
+        failed = asking.answers().failed
         _leave(members, name)
         blamed = to_blame(failed, first)
         raise NotJoined(f"group {name} was not joined by all: {_first(blamed) or broken}", blamed)
