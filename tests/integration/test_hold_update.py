@@ -141,7 +141,7 @@ def test_a_channel_that_is_cut_between_buckets_ends_the_update_at_once(start: St
     stub.GetStatus(pb.GetStatusRequest(), timeout=ANSWER_S)
     push_all(pair, "cut", 0)
     channel.close()
-    assert held.done()
+    wait_until(held.done)
     assert_failed_and_held(pair, "cut")
 
 

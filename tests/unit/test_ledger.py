@@ -128,8 +128,8 @@ def test_settling_does_not_wait_again_for_what_outlived_its_patience(ledger: Exp
     _, name = sent(ledger)
     ledger.settle(patience_s=0.02)
     started = time.monotonic()
-    ledger.settle(patience_s=5.0)
-    assert time.monotonic() - started < 1.0
+    ledger.settle(patience_s=30.0)
+    assert time.monotonic() - started < 15.0
     assert ledger.unreleased_bytes == 128
     shared_memory.release(name)
     ledger.settle()

@@ -236,12 +236,12 @@ def test_a_hanging_load_holds_up_the_scheduler_but_not_model_info(engine: Script
 
 
 def test_a_late_answer_comes_after_the_deed(engine: ScriptedEngine) -> None:
-    engine.fault("/begin_weight_update", Fault.LATE, delay_s=0.2)
+    engine.fault("/begin_weight_update", Fault.LATE, delay_s=2.0)
     started = time.monotonic()
     with pytest.raises(requests.ReadTimeout):
         requests.post(engine.url + "/begin_weight_update", json={}, timeout=0.1)
     assert engine.session_open
-    assert time.monotonic() - started < 0.2
+    assert time.monotonic() - started < 2.0
 
 
 def test_death_reaches_every_connection_and_a_restart_is_a_new_life(engine: ScriptedEngine) -> None:
