@@ -154,7 +154,7 @@ class SidecarServer:
         guard = Guard(self._config.access, self._config.limits.open_calls)
         server = grpc.aio.server(interceptors=[ErrorInterceptor(self._metrics), guard], options=options)
         servicer = WeightSyncServicer(
-            self._coordinator, self._lora, ManifestStore(), self._config.timeouts, self._config.limits
+            self._coordinator, self._watch, self._lora, ManifestStore(), self._config.timeouts, self._config.limits
         )
         pb_grpc.add_WeightSyncServiceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)

@@ -1,5 +1,7 @@
 """gRPC in, coordinator, gRPC out. Thin: no decision is taken here; errors are mapped by the interceptor."""
 
+from typing import Protocol
+
 import grpc
 
 from sidecar import __version__, convert
@@ -23,24 +25,34 @@ DTYPES = [value for value in pb.DataType.values() if value != pb.DATA_TYPE_UNSPE
 Context = grpc.aio.ServicerContext[object, object]
 
 
+class Watch(Protocol):
+    """Who looks at the engine."""
+
+    async def first_look(self) -> None:
+        """Until that has been done, or a moment at most."""
+
+
 class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
     """``sidecar.v1.WeightSyncService``; see the proto for each call."""
 
     def __init__(
         self,
         coordinator: Coordinator,
+        watch: Watch,
         loader: LoraLoader,
         manifests: ManifestStore,
         timeouts: Timeouts,
         limits: Limits,
     ) -> None:
         self._coordinator = coordinator
+        self._watch = watch
         self._lora = loader
         self._manifests = manifests
         self._longest_s = timeouts.total
         self._limits = limits
 
     async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Context) -> pb.GetCapabilitiesResponse:
+        await self._watch.first_look()
         engine = self._coordinator.engine
         return pb.GetCapabilitiesResponse(
             sidecar_version=__version__,
@@ -51,6 +63,7 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         convert.refuse_unknown_fields(request)
+        await self._watch.first_look()
         now = self._coordinator
         return pb.GetStatusResponse(
             state=pb.SidecarState.ValueType(now.standing.state),

@@ -8,6 +8,7 @@ answers 503 while paused) nor waits for the scheduler.
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 from sidecar.engine.sglang import SGLangEngine
 from sidecar.errors import EngineDown, EngineError
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 PERIOD_S = 1.0
 # One lost look can be a busy tokenizer (it parses large bodies on its event loop); several are not.
 MISSES_UNTIL_GONE = 3
+FIRST_LOOK_S = 5.0
 
 
 class EngineWatch:
@@ -26,12 +28,19 @@ class EngineWatch:
         self._engine = engine
         self._on_change = on_change
         self._misses = 0
+        self._has_looked = asyncio.Event()
 
     async def run(self) -> None:
         """Look for ever."""
         while True:
             await self.look()
             await asyncio.sleep(PERIOD_S)
+
+    async def first_look(self) -> None:
+        """Until it has looked once, or five seconds: before that, nobody can say that the engine is not there."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_LOOK_S):
+                await self._has_looked.wait()
 
     async def look(self) -> None:
         """Look once, and tell if anything is different."""
@@ -47,6 +56,7 @@ class EngineWatch:
             self._missed(error)
         if before != self._seen():
             self._on_change()
+        self._has_looked.set()
 
     def _seen(self) -> tuple[object, ...]:
         return self._engine.info, self._engine.epoch, self._engine.weight_version, self._engine.held

@@ -104,7 +104,7 @@ class World:
         self.target = listen
         self.channel: grpc.aio.Channel | None = None
         loader = LoraLoader(client, TIMEOUTS, self.coordinator)
-        self._servicer = servicer(self.coordinator, loader, ManifestStore(), TIMEOUTS, Limits())
+        self._servicer = servicer(self.coordinator, self.watch, loader, ManifestStore(), TIMEOUTS, Limits())
         self._interceptor, self._guard = ErrorInterceptor(), Guard(AccessRules(), max_open_calls=4096)
         model_path = str(facts.folder) if kind.has_checkpoint else "/models/tiny-qwen3"
         self.bodies = BodyCheck(kind.tp_size, kind.release != "0.5.15.post1", model_path)

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from adapter import WeightSyncClient
 from adapter.launch import SidecarConfig, SidecarProcess
+from adapter.sidecar_stub import SidecarStub
 from sidecar.v1 import weight_sync_pb2 as pb
 from tests.fakes import Fault, ScriptedEngine
 from tests.integration.conftest import StartPair
@@ -80,6 +82,15 @@ def _three_more_updates(engine: ScriptedEngine, sent: list[Future[int]]) -> None
     for rank in sent:
         if rank.done():
             rank.result()  # what stopped it
+
+
+def test_the_first_answer_of_a_sidecar_that_was_restarted_knows_the_engine(tmp_path: Path) -> None:
+    with ScriptedEngine(tp_size=2) as engine:
+        engine.fault("/server_info", Fault.LATE, delay_s=1.0)
+        config = SidecarConfig(engine_url=engine.url, listen=f"unix:{tmp_path}/sidecar.sock", log_path=tmp_path / "log")
+        with SidecarProcess(config), closing(SidecarStub(config.listen)) as stub:
+            assert stub.capabilities().HasField("engine")
+            assert stub.status().HasField("engine")
 
 
 class Together:
