@@ -2,19 +2,21 @@
 
 Runs in every trainer rank. Invariant: it depends on names, dtypes and shapes alone how an update is cut, so that all
 ranks cut it alike; and nothing is copied or gathered here. Whole tensors that come again, in the same form, are planned
-once; they are looked at each time.
+once; they are looked at each time, and more briefly if they are the same objects at the same place.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
+from weakref import ReferenceType, ref
 
 import torch
 
 from adapter.checks import are_sound, bytes_needed, check_finite, check_tensors, refuse_forked_cuda
 from adapter.exportable import segment_bytes
 from adapter.filled import FilledBuckets
-from adapter.looks import Form, form_of, plain_tensors
+from adapter.looks import Form, SameForms, form_of, plain_tensors
 from adapter.planner import Plan, TensorSpec, plan
 from adapter.recent import Recent
 from adapter.sources.lazy import LazyTensor, NamedTensors, Sendable
@@ -87,13 +89,27 @@ class Planned:
     """By index of the list: how long the tensor's storage must be."""
 
 
+@dataclass(slots=True)
+class Looked:
+    """What was found when a list of tensors was looked at; holds as long as they are the same."""
+
+    planned: Planned
+    sound_on: torch.device | None = None
+    """For which device nothing was wrong with them."""
+
+
 @dataclass(frozen=True, slots=True)
 class WholeTensors:
     """One update of tensors that are there, and need only be copied."""
 
-    planned: Planned
+    looked: Looked
     names: tuple[str, ...]
     tensors: Sequence[torch.Tensor]
+
+    @property
+    def planned(self) -> Planned:
+        """What follows from their form."""
+        return self.looked.planned
 
     @property
     def plan(self) -> Plan:
@@ -109,8 +125,10 @@ class WholeTensors:
         """To be copied through ``buffers`` on ``device``; raises ``ValueError`` for tensors that cannot be."""
         if device.type == "cuda":
             refuse_forked_cuda()
-        if not are_sound(self.tensors, self.planned.needed, device):
-            check_tensors(self._by_name(), device)  # which says what is wrong
+        if self.looked.sound_on != device:
+            if not are_sound(self.tensors, self.planned.needed, device):
+                check_tensors(self._by_name(), device)  # which says what is wrong
+            self.looked.sound_on = device
         return CopiedBuckets(self.plan, [self.tensors[at] for at in self.planned.order], buffers, device)
 
     def check_values(self) -> None:
@@ -132,6 +150,9 @@ class Planner:
         self._rules = rules
         self._dense = dense
         self._known = Recent[Form, Planned]()
+        self._first: ReferenceType[torch.Tensor] | None = None
+        """The first tensor of the last list: where it comes again, all of them are looked for."""
+        self._last: tuple[SameForms, Looked] | None = None
 
     def outgoing(self, named_tensors: NamedTensors, specs: Sequence[TensorSpec] | None) -> Outgoing | WholeTensors:
         """Plan an update; with ``specs``, of an iterator that is read only when it is sent. Raises ``ValueError``."""
@@ -143,7 +164,9 @@ class Planner:
         return self._whole(pairs) or self._lazy(pairs)
 
     def _whole(self, pairs: Sequence[tuple[str, Sendable]]) -> WholeTensors | None:
-        names, values = tuple(name for name, _ in pairs), [value for _, value in pairs]
+        names, values = tuple([name for name, _ in pairs]), [value for _, value in pairs]
+        if self._last is not None and self._last[0].are(names, values):
+            return WholeTensors(self._last[1], names, cast("list[torch.Tensor]", values))
         tensors = plain_tensors(values)
         form = form_of(names, tensors) if tensors else None
         if not tensors or not form:
@@ -152,7 +175,15 @@ class Planner:
         if planned is None:
             planned = self._planned(names, tensors)
             self._known.put(form, planned)
-        return WholeTensors(planned, names, tensors)
+        return WholeTensors(self._looked(form, tensors, planned), names, tensors)
+
+    def _looked(self, form: Form, tensors: Sequence[torch.Tensor], planned: Planned) -> Looked:
+        """Remember these, unless the trainer makes new objects each time (``state_dict``): that has its price."""
+        looked = Looked(planned)
+        come_again = self._first is not None and self._first() is tensors[0]
+        self._first = ref(tensors[0])
+        self._last = (SameForms(form, tensors), looked) if come_again else None
+        return looked
 
     def _planned(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Planned:
         specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in zip(names, tensors, strict=True)]

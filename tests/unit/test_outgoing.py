@@ -107,6 +107,79 @@ def test_a_parameter_that_was_given_other_memory_is_copied_from_there(buffers: S
     assert staged(plans, {"w": weight}, buffers)["w"].tolist() == [5.0] * 4
 
 
+def come_again(plans: Planner, tensors: Model, buffers: StagingBuffers) -> None:
+    """The very same objects, until they are no longer looked at one by one."""
+    for _ in range(2):
+        staged(plans, tensors, buffers)
+    assert whole(plans, tensors).looked is whole(plans, tensors).looked
+
+
+def turned(tensors: Model) -> None:
+    tensors["odd"].t_()
+
+
+def turned_in_its_square(tensors: Model) -> None:
+    tensors["l.q_a_proj.weight"][0, 1] = 7.0
+    tensors["l.q_a_proj.weight"].t_()
+
+
+def seen_as_another_dtype(tensors: Model) -> None:
+    tensors["part"].data = tensors["part"].data.view(torch.int32)
+
+
+def seen_in_another_shape(tensors: Model) -> None:
+    tensors["part"].data = tensors["part"].data.view(2, 3)
+
+
+def seen_in_part(tensors: Model) -> None:
+    tensors["part"].data = tensors["part"].data[:2]
+
+
+def replaced(tensors: Model) -> None:
+    tensors["odd"] = tensors["odd"] + 1.0
+
+
+def renamed(tensors: Model) -> None:
+    tensors["other"] = tensors.pop("empty")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        turned,
+        turned_in_its_square,
+        seen_as_another_dtype,
+        seen_in_another_shape,
+        seen_in_part,
+        replaced,
+        renamed,
+        dict.popitem,
+    ],
+)
+def test_the_very_same_objects_are_taken_for_what_they_are_by_now(
+    buffers: StagingBuffers, change: Callable[[Model], object]
+) -> None:
+    plans, tensors = planner(), model()
+    come_again(plans, tensors, buffers)
+    change(tensors)
+    assert whole(plans, tensors).plan == whole(planner(), tensors).plan
+    assert_equal(staged(plans, tensors, buffers), tensors)
+
+
+def test_the_very_same_objects_are_refused_once_their_memory_is_gone(buffers: StagingBuffers) -> None:
+    plans, tensors = planner(), model()
+    come_again(plans, tensors, buffers)
+    freed(tensors)
+    with pytest.raises(ValueError, match="tensor odd was freed"):
+        whole(plans, tensors).staged(buffers, CPU)
+
+
+def test_new_objects_each_time_are_looked_at_each_time(buffers: StagingBuffers) -> None:
+    plans = planner()
+    looked = [whole(plans, model()).looked for _ in range(3)]
+    assert len({id(one) for one in looked}) == 3
+
+
 def test_two_models_in_turn_keep_their_plans(buffers: StagingBuffers) -> None:
     plans, one, other = planner(), model(), {"w": torch.ones(8)}
     seen = [whole(plans, tensors).planned for tensors in (one, other, one, other)]
@@ -168,7 +241,7 @@ def test_a_name_that_comes_twice_is_refused_however_often() -> None:
 
 def test_what_is_remembered_keeps_no_tensor(buffers: StagingBuffers) -> None:
     plans, tensors = planner(), model()
-    staged(plans, tensors, buffers)
+    come_again(plans, tensors, buffers)
     gone = [weakref.ref(tensor) for tensor in tensors.values()]
     tensors.clear()
     gc.collect()
