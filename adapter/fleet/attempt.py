@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -23,7 +23,14 @@ import grpc
 
 from adapter import wire
 from adapter.bucketed import in_words
-from adapter.errors import GroupBroken, UpdateAborted, UpdateFailed, UpdateStillApplying, WeightSyncError
+from adapter.errors import (
+    GroupBroken,
+    SidecarUnreachable,
+    UpdateAborted,
+    UpdateFailed,
+    UpdateStillApplying,
+    WeightSyncError,
+)
 from adapter.filled import FilledBuckets, Region
 from adapter.fleet.group import Group, Sending
 from adapter.fleet.member import Answers, Asking, Member, ask, left, metadata
@@ -231,9 +238,18 @@ class Attempt:
             self._try.failed.update({member: UpdateFailed(unpublished) for member in ready.good})
             return
         published = self._noted("publish", ask(ready.good, self._publishing))
-        self._try.decided = bool(published.good)
-        self._try.failed.update(published.failed)
-        self._try.published = {member: answer.outcome for member, answer in published.good.items()}
+        outcomes = {member: answer.outcome for member, answer in published.good.items()}
+        outcomes |= self._published_unheard(published.failed)
+        self._try.decided = bool(outcomes)
+        self._try.published = outcomes
+        self._try.failed.update({member: why for member, why in published.failed.items() if member not in outcomes})
+
+    def _published_unheard(self, failed: Mapping[Member, WeightSyncError]) -> dict[Member, pb.UpdateOutcome]:
+        """Those that have published it although their answer was lost on its way."""
+        unheard = [member for member, why in failed.items() if isinstance(why, SidecarUnreachable)]
+        ended = self._hold(unheard).answers(ANSWER_S).good
+        committed = pb.UPDATE_STATE_COMMITTED
+        return {member: answer.outcome for member, answer in ended.items() if answer.outcome.state == committed}
 
     def _publishing(self, member: Member) -> grpc.Future[pb.PublishUpdateResponse]:
         # Decided is decided: the time for the update does not count any more.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from adapter.fleet import ALL_OR_NOTHING, BEST_EFFORT, Asked, EngineState, Fleet, FleetUpdateFailed, Policy, quorum
 from sidecar.v1 import weight_sync_pb2 as pb
 from tests.fakes import FOREVER, Fault
+from tests.faults.wires import Wire
 from tests.integration.fleets import LET_GO, WEIGHTS, WHOLE_UPDATE, Named, NeverWhole, Trio, restart, states, update
 from tests.integration.groups import BEGIN, INIT, PAUSE, PUBLISH, RECEIVE, RESUME
+from tests.integration.support import wait_until
 
 PUBLISHED, UNTOUCHED, DIRTY, UNREACHABLE = EngineState
 READY, FENCED = pb.SIDECAR_STATE_READY, pb.SIDECAR_STATE_FENCED
@@ -56,6 +61,21 @@ def test_no_engine_publishes_before_all_hold_the_update(trio: Trio) -> None:
     published = [next(call.at for call in reversed(p.engine.calls) if call.path == PUBLISH) for p in trio.pairs]
     late = [call.at for call in trio.pairs[2].engine.calls if call.path == RECEIVE][-1]
     assert min(published) > late + 1.0
+
+
+def test_an_engine_whose_answer_was_lost_has_published_all_the_same(trio: Trio, tmp_path: Path) -> None:
+    pair = trio.pairs[0]
+    with closing(Wire(tmp_path / "wire.sock", Path(pair.target.removeprefix("unix:")))) as wire:
+        through_wire = f"unix:{wire.path}"
+        with trio.fleet([through_wire, *trio.targets[1:]]) as fleet, ThreadPoolExecutor(1) as thread:
+            pair.engine.fault(RESUME, Fault.HANG)
+            updating = thread.submit(update, fleet, trio.v(1))
+            wait_until(lambda: pair.engine.num_hanging == 1)
+            wire.cut()
+            pair.engine.release()
+            assert states(updating.result(), [through_wire, *trio.targets[1:]]) == [PUBLISHED] * 3
+    assert trio.fenced == {}
+    assert trio.sidecars() == [(trio.v(1), READY)] * 3
 
 
 def test_an_engine_that_was_restarted_makes_a_new_group(trio: Trio) -> None:
