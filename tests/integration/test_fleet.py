@@ -138,8 +138,8 @@ def test_an_engine_that_cannot_make_ready_leaves_all_untouched_with_all_or_nothi
 
 
 def test_a_late_member_is_dropped_and_the_others_are_tried_again_without_it(trio: Trio) -> None:
-    with trio.fleet(policy=quorum(2), patience=1.0) as fleet:
-        trio.pairs[1].engine.fault(PAUSE, Fault.LATE, delay_s=3.0)
+    with trio.fleet(policy=quorum(2), patience=4.0) as fleet:
+        trio.pairs[1].engine.fault(PAUSE, Fault.LATE, delay_s=8.0)
         result = update(fleet, trio.v(1))
     others = [trio.targets[0], trio.targets[2]]
     assert (result.published, result.attempts) == (sorted(others), 2)
