@@ -106,7 +106,7 @@ def test_an_incomplete_update_does_not_heal(start: StartPair) -> None:
     pair = start()
     pair.engine.fault(LOAD, Fault.CUT)
     failed_update(pair, "breaks")
-    assert refusal(pair.send(pair.request("one rank"), timeout_s=1.0)).reason == "RANKS_MISSING"
+    assert refusal(pair.send(pair.request("one rank"), timeout_s=2.5)).reason == "RANKS_MISSING"
     pair.engine.fault("/pause_generation", Fault.REFUSE)
     failed_update(pair, "refused")
     assert pair.status().state == pb.SIDECAR_STATE_DIRTY

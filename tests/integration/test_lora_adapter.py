@@ -192,7 +192,7 @@ def test_a_missing_rank_is_named_and_nothing_is_posted(start: StartPair) -> None
     pair = start(server_info=LORA)
     with clients(pair) as (first, second):
         with pytest.raises(RanksMissing, match="rank 1 to arrive"):
-            send(first, timeout=1.0)
+            send(first, timeout=2.5)
         with pytest.raises(RanksMissing):  # it comes late, and is told
             send(second)
         pair.assert_untouched()
@@ -289,7 +289,7 @@ def test_a_deadline_while_the_engine_loads_stops_nothing(start: StartPair) -> No
     with clients(pair, tp_size=1) as (client,):
         pair.engine.fault(LOAD, Fault.HANG)
         with pytest.raises(UpdateStillApplying):
-            send(client, timeout=1.0)
+            send(client, timeout=2.5)
         assert client.unreleased_bytes > 0
         pair.engine.release()
         wait_until(lambda: pair.engine.adapters == ["tuned"])

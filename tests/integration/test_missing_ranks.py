@@ -15,11 +15,11 @@ DEADLINE = grpc.StatusCode.DEADLINE_EXCEEDED
 
 def test_a_missing_rank_is_named_at_the_others_deadline_and_nothing_is_touched(pair: Pair) -> None:
     started = time.monotonic()
-    refused = refusal(pair.send(pair.request("waits", rank=0), timeout_s=1.0))
-    assert time.monotonic() - started < 5.0
+    refused = refusal(pair.send(pair.request("waits", rank=0), timeout_s=2.5))
+    assert time.monotonic() - started < 10.0
     assert (refused.code, refused.reason) == (DEADLINE, "RANKS_MISSING")
-    said = r"update 'waits': waited 0\.[5-9] s for rank 1 to arrive; the engine was not touched and serves the old"
-    assert re.fullmatch(f"{said} weights", refused.message)
+    said = r"update 'waits': waited [12]\.\d s for rank 1 to arrive; the engine was not touched and serves the old weights"
+    assert re.fullmatch(said, refused.message)
     assert refused.details == {"updateId": "waits", "ranks": "1"}
     pair.assert_untouched()
     assert pair.outcome("waits").state == pb.UPDATE_STATE_ABORTED
@@ -30,7 +30,7 @@ def test_all_missing_ranks_are_named_to_all_that_came(start: StartPair) -> None:
     pair = start(tp_size=4)
     patient = pair.send(pair.request("many wait", rank=2, tp_size=4))
     pair.wait_for(pb.SIDECAR_STATE_COLLECTING)
-    hasty = pair.send(pair.request("many wait", rank=0, tp_size=4), timeout_s=1.0)
+    hasty = pair.send(pair.request("many wait", rank=0, tp_size=4), timeout_s=2.5)
     for refused in (refusal(hasty), refusal(patient)):
         assert (refused.code, refused.reason) == (DEADLINE, "RANKS_MISSING")
         assert "for ranks 1, 3 to arrive" in refused.message
@@ -82,14 +82,14 @@ def test_a_rank_whose_connection_breaks_counts_as_cancelled(start: StartPair) ->
 
 
 def test_after_a_missing_rank_the_same_update_goes_through_when_all_come(pair: Pair) -> None:
-    assert refusal(pair.send(pair.request("second try", rank=0), timeout_s=1.0)).reason == "RANKS_MISSING"
+    assert refusal(pair.send(pair.request("second try", rank=0), timeout_s=2.5)).reason == "RANKS_MISSING"
     assert pair.update("second try").state == pb.UPDATE_STATE_COMMITTED
     assert pair.posts() == expected_posts("0.5.23", 1)
 
 
 def test_a_missing_rank_is_named_for_a_bucketed_update_too(pair: Pair) -> None:
     pair.begin("half pushed")
-    refused = refusal(pair.push("half pushed", 0, 0, timeout_s=1.0))
+    refused = refusal(pair.push("half pushed", 0, 0, timeout_s=2.5))
     assert (refused.code, refused.reason) == (DEADLINE, "RANKS_MISSING")
     assert "for rank 1 to arrive with their first bucket; the engine was not touched" in refused.message
     pair.assert_untouched()

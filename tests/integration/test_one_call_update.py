@@ -271,7 +271,7 @@ def test_an_update_commits_although_its_callers_cancelled_while_it_was_applied(p
 
 def test_a_deadline_while_the_engine_loads_says_so_and_the_update_goes_on(pair: Pair) -> None:
     pair.engine.fault(LOAD, Fault.HANG)
-    answers = [pair.send(pair.request("too slow", rank), timeout_s=1.0) for rank in range(2)]
+    answers = [pair.send(pair.request("too slow", rank), timeout_s=2.5) for rank in range(2)]
     for answer in answers:
         refused = refusal(answer)
         assert (refused.code, refused.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "STILL_APPLYING")

@@ -197,7 +197,7 @@ def test_a_drain_that_outlasts_the_pause_time_out_is_given_up_with_the_engine_un
 def test_a_drain_is_given_up_when_its_callers_deadline_passes(start: StartPair) -> None:
     pair = start()
     with in_flight(pair, 1):
-        for answer in send(pair, "impatient", DRAIN, timeout_s=1.5):
+        for answer in send(pair, "impatient", DRAIN, timeout_s=2.5):
             assert refusal(answer).reason in ("ENGINE_BUSY", "STILL_APPLYING")
         wait_until(lambda: pair.outcome("impatient").state == pb.UPDATE_STATE_ABORTED, timeout_s=5.0)
         outcome = pair.outcome("impatient")
@@ -208,8 +208,8 @@ def test_a_drain_is_given_up_when_its_callers_deadline_passes(start: StartPair) 
 def test_a_deadline_that_passes_at_the_very_end_of_a_drain_leaves_the_engine_untouched(start: StartPair) -> None:
     """The engine is idle and paused, and nobody waits any more when the session would be opened."""
     pair = start()
-    pair.engine.fault(FLUSH, Fault.LATE, delay_s=1.5)
-    for answer in send(pair, "too late", DRAIN, timeout_s=1.0):
+    pair.engine.fault(FLUSH, Fault.LATE, delay_s=4.0)
+    for answer in send(pair, "too late", DRAIN, timeout_s=2.5):
         assert refusal(answer).reason == "STILL_APPLYING"
     wait_until(lambda: pair.outcome("too late").state > pb.UPDATE_STATE_APPLYING)
     outcome = pair.outcome("too late")

@@ -261,7 +261,7 @@ def test_the_word_is_waited_for_no_longer_than_the_decide_time_out(
 
 def test_a_publish_whose_deadline_passes_takes_its_word_not_back(pair: Pair) -> None:
     decided_on_from_memory(pair, "patient word")
-    assert refusal(publish(pair, "patient word", 0, timeout_s=1.0)).reason == "STILL_APPLYING"
+    assert refusal(publish(pair, "patient word", 0, timeout_s=2.5)).reason == "STILL_APPLYING"
     assert publish(pair, "patient word", 1).result(ANSWER_S).outcome.state == pb.UPDATE_STATE_COMMITTED
 
 
