@@ -18,7 +18,9 @@ def test_a_missing_rank_is_named_at_the_others_deadline_and_nothing_is_touched(p
     refused = refusal(pair.send(pair.request("waits", rank=0), timeout_s=2.5))
     assert time.monotonic() - started < 10.0
     assert (refused.code, refused.reason) == (DEADLINE, "RANKS_MISSING")
-    said = r"update 'waits': waited [12]\.\d s for rank 1 to arrive; the engine was not touched and serves the old weights"
+    said = (
+        r"update 'waits': waited [12]\.\d s for rank 1 to arrive; the engine was not touched and serves the old weights"
+    )
     assert re.fullmatch(said, refused.message)
     assert refused.details == {"updateId": "waits", "ranks": "1"}
     pair.assert_untouched()
