@@ -6,10 +6,10 @@ Invariant: a look holds names and numbers, no tensor and none of the trainer's m
 have one.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from weakref import ref
 
 import torch
 
@@ -44,46 +44,69 @@ class Places:
     addresses: list[int]
 
 
-class SameTensors:
-    """The very tensor objects of a list, and where their bytes are; keeps none of them alive.
+class SameTensors(ABC):
+    """The very tensor objects of a list, where their bytes are, and of which dtypes; keeps none of them alive.
 
-    For tensors sent in place that is all there is to compare: another shape of the same object, over the same bytes, is
-    the same to who reads them.
+    As numbers, since ``torch.utils.swap_tensors`` refuses what has a weak reference, and they are the trainer's own. So
+    an object may be another one by now, which is the same as long as all else is.
     """
 
     def __init__(self, names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> None:
         self._names = names
-        self._references = list(map(ref, tensors))
-        self._addresses = list(map(torch.Tensor.data_ptr, tensors))
+        self._objects = list(map(id, tensors))
+        self._addresses = _addresses(tensors)
+        self._dtypes = list(map(_dtype, tensors))
 
     def are(self, names: tuple[str, ...], values: Sequence[Sendable]) -> bool:
         """Whether these are they, where they were."""
         return (
             names == self._names
-            and len(values) == len(self._references)
-            and all(reference() is value for reference, value in zip(self._references, values, strict=True))
-            and list(map(torch.Tensor.data_ptr, values)) == self._addresses  # type: ignore[arg-type]  # since they are
+            and list(map(id, values)) == self._objects
+            and (tensors := plain_tensors(values)) is not None
+            and self._addresses is not None
+            and _addresses(tensors) == self._addresses
+            and list(map(_dtype, tensors)) == self._dtypes
+            and self._look_alike(tensors)
         )
+
+    @abstractmethod
+    def _look_alike(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether no tensor has been given another form over the same bytes that makes a difference."""
+
+
+class SamePlaces(SameTensors):
+    """Of tensors sent in place: as many contiguous numbers are the same, in whatever shape, to who reads them there."""
+
+    def __init__(self, names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(names, tensors)
+        self._lengths = list(map(torch.Tensor.numel, tensors))
+
+    def _look_alike(self, tensors: Sequence[torch.Tensor]) -> bool:
+        lengths = list(map(torch.Tensor.numel, tensors))
+        return lengths == self._lengths and all(map(torch.Tensor.is_contiguous, tensors))
 
 
 class SameForms(SameTensors):
-    """The same for tensors that are copied: neither has one been given another dtype or shape over the same bytes.
+    """Of tensors that are copied: strides may have changed, since a copy follows them, but no shape.
 
-    Strides may have changed, since a copy follows them; and a storage that was freed, or grown, is at another address.
+    Memory that was freed is at another address, or none; only a storage that was made smaller and lies where it lay is
+    not seen.
     """
 
-    def __init__(self, form: Form, tensors: Sequence[torch.Tensor]) -> None:
-        super().__init__(form.names, tensors)
-        self._dtypes = form.dtypes
-        self._shapes = form.shapes
+    def __init__(self, names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(names, tensors)
+        self._shapes = list(map(_shape, tensors))
 
-    def are(self, names: tuple[str, ...], values: Sequence[Sendable]) -> bool:
-        """Whether these are they, where and what they were."""
-        return (
-            super().are(names, values)
-            and list(map(_dtype, values)) == self._dtypes
-            and list(map(_shape, values)) == self._shapes
-        )
+    def _look_alike(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return list(map(_shape, tensors)) == self._shapes
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> list[int] | None:
+    """None if one of them is sparse: it has none."""
+    try:
+        return list(map(torch.Tensor.data_ptr, tensors))
+    except RuntimeError:
+        return None
 
 
 def plain_tensors(values: Sequence[Sendable]) -> Sequence[torch.Tensor] | None:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
-from weakref import ReferenceType, ref
 
 import torch
 
@@ -150,8 +149,8 @@ class Planner:
         self._rules = rules
         self._dense = dense
         self._known = Recent[Form, Planned]()
-        self._first: ReferenceType[torch.Tensor] | None = None
-        """The first tensor of the last list: where it comes again, all of them are looked for."""
+        self._ends: tuple[int, int] | None = None
+        """The first and last object of the last list: where they come again, all of them are looked for."""
         self._last: tuple[SameForms, Looked] | None = None
 
     def outgoing(self, named_tensors: NamedTensors, specs: Sequence[TensorSpec] | None) -> Outgoing | WholeTensors:
@@ -175,14 +174,13 @@ class Planner:
         if planned is None:
             planned = self._planned(names, tensors)
             self._known.put(form, planned)
-        return WholeTensors(self._looked(form, tensors, planned), names, tensors)
+        return WholeTensors(self._looked(names, tensors, planned), names, tensors)
 
-    def _looked(self, form: Form, tensors: Sequence[torch.Tensor], planned: Planned) -> Looked:
+    def _looked(self, names: tuple[str, ...], tensors: Sequence[torch.Tensor], planned: Planned) -> Looked:
         """Remember these, unless the trainer makes new objects each time (``state_dict``): that has its price."""
-        looked = Looked(planned)
-        come_again = self._first is not None and self._first() is tensors[0]
-        self._first = ref(tensors[0])
-        self._last = (SameForms(form, tensors), looked) if come_again else None
+        looked, ends = Looked(planned), (id(tensors[0]), id(tensors[-1]))
+        self._last = (SameForms(names, tensors), looked) if ends == self._ends else None
+        self._ends = ends
         return looked
 
     def _planned(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Planned:

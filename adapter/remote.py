@@ -19,7 +19,7 @@ import torch
 from adapter import wire
 from adapter.bucketed import in_words, take_part
 from adapter.credentials import Credentials
-from adapter.errors import RanksMissing, UpdateAborted, UpdateFailed, WeightSyncError
+from adapter.errors import RanksMissing, WeightSyncError
 from adapter.fleet import Fleet, FleetUpdateFailed
 from adapter.planner import TensorSpec
 from adapter.sources.lazy import NamedTensors
@@ -151,7 +151,6 @@ _ENDED = (pb.UPDATE_STATE_ABORTED, pb.UPDATE_STATE_FAILED)
 
 
 def _verdict(outcome: pb.UpdateOutcome) -> UpdateResult:
-    if outcome.state == pb.UPDATE_STATE_COMMITTED:
-        return wire.result(outcome)
-    kind: type[WeightSyncError] = UpdateFailed if outcome.state == pb.UPDATE_STATE_FAILED else UpdateAborted
-    raise kind(outcome.error, reason=outcome.error_reason)
+    if failure := wire.failure(outcome):
+        raise failure
+    return wire.result(outcome)

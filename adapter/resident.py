@@ -16,7 +16,7 @@ from adapter.errors import MemoryNotExportable
 from adapter.exportable import is_expandable, is_shared_file
 from adapter.exports import Export, export_of, let_all_go
 from adapter.fusion import DEFAULT_RULES, group_names
-from adapter.looks import Places, SameTensors, places_of, plain_tensors
+from adapter.looks import Places, SamePlaces, places_of, plain_tensors
 from adapter.planner import Bucket, Placement, Plan, TensorSpec, check_names
 from adapter.recent import Recent
 from adapter.sources.lazy import LazyTensor, NamedTensors, PlainTensor, Sendable
@@ -64,7 +64,7 @@ class Residents:
         self._rules = rules
         self._exports: dict[tuple[int, int], Export] = {}
         self._known = Recent[Places, Layout]()
-        self._last: tuple[SameTensors, Layout] | None = None
+        self._last: tuple[SamePlaces, Layout] | None = None
 
     def buckets(self, named_tensors: NamedTensors) -> "ResidentBuckets":
         """The tensors' own memory as an update; raises ``ValueError`` or ``MemoryNotExportable``."""
@@ -92,7 +92,7 @@ class Residents:
             if places:
                 self._known.put(places, layout)
         if places:
-            self._last = SameTensors(names, tensors), layout
+            self._last = SamePlaces(names, tensors), layout
         self._forget_others(layout)
         return ResidentBuckets(layout, names, tensors, self._exports)
 

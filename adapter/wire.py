@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from adapter.errors import UpdateAborted, UpdateFailed, WeightSyncError
 from adapter.planner import Bucket, Placement, Plan
 from sidecar.v1 import weight_sync_pb2 as pb
 
@@ -100,6 +101,14 @@ def result(outcome: pb.UpdateOutcome) -> UpdateResult:
             for phase in outcome.phases
         },
     )
+
+
+def failure(outcome: pb.UpdateOutcome) -> WeightSyncError | None:
+    """Why an update that has ended was not committed; None if it was."""
+    if outcome.state == pb.UPDATE_STATE_COMMITTED:
+        return None
+    kind: type[WeightSyncError] = UpdateFailed if outcome.state == pb.UPDATE_STATE_FAILED else UpdateAborted
+    return kind(outcome.error, reason=outcome.error_reason)
 
 
 def _lower(name: str, prefix: str) -> str:

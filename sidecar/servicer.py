@@ -28,8 +28,8 @@ Context = grpc.aio.ServicerContext[object, object]
 class Watch(Protocol):
     """Who looks at the engine."""
 
-    async def first_look(self) -> None:
-        """Until that has been done, or a moment at most."""
+    async def first_look(self, seconds: float) -> None:
+        """Until that has been done; no longer than ``seconds``, and than a moment."""
 
 
 class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
@@ -52,7 +52,7 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
         self._limits = limits
 
     async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Context) -> pb.GetCapabilitiesResponse:
-        await self._watch.first_look()
+        await self._watch.first_look(self._budget(context) / 2)
         engine = self._coordinator.engine
         return pb.GetCapabilitiesResponse(
             sidecar_version=__version__,
@@ -63,7 +63,7 @@ class WeightSyncServicer(pb_grpc.WeightSyncServiceServicer):
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         convert.refuse_unknown_fields(request)
-        await self._watch.first_look()
+        await self._watch.first_look(self._budget(context) / 2)
         now = self._coordinator
         return pb.GetStatusResponse(
             state=pb.SidecarState.ValueType(now.standing.state),

@@ -7,13 +7,14 @@ when all have. Invariant: a new file is in one of the lanes by itself.
 
 Lanes take the cores from each other, and a test that fails may have met no more than that. So where at most ``FEW``
 failed, these run again when all lanes have ended, once and alone, as CPython's ``regrtest --rerun`` does it. One that
-passes then is named as flaky in the last lines and wants to be mended; one that fails again fails the run.
+passes then is named as flaky in the last lines and wants to be mended; one that fails again fails the run. Not with
+``-x`` and its like, after which nobody knows what the rest would have done.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +31,7 @@ LANES = {
 }
 CACHES = TESTS.parent / ".pytest_cache" / "lanes"
 FEW = 3
+STOPS_EARLY = ("-x", "--exitfirst", "--maxfail")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,12 +39,19 @@ def main(arguments: Sequence[str]) -> int:
     with ThreadPoolExecutor(len(LANES)) as threads:
         ended = [threads.submit(run, lane, [*arguments, "--cache-clear"]) for lane in LANES]
     codes = {lane: future.result() for lane, future in zip(LANES, ended, strict=True)}
+    if any(argument.startswith(STOPS_EARLY) for argument in arguments):
+        return ended_with(codes)  # some were not run at all
     failed = {lane: failed_tests(lane) for lane, code in codes.items() if code == pytest.ExitCode.TESTS_FAILED}
     if 0 < sum(map(len, failed.values())) <= FEW:
         for lane in failed:
             codes[lane] = run(lane, [*arguments, "--last-failed"])
             for test in sorted(set(failed[lane]) - set(failed_tests(lane))):
-                print(f"FLAKY, failed beside others and passed alone: {test}")
+                print(f"FLAKY, failed beside others and not alone: {test}")
+    return ended_with(codes)
+
+
+def ended_with(codes: Mapping[str, int]) -> int:
+    """Say so; the exit code of all."""
     print(*(f"{lane}: ended with {code}" for lane, code in codes.items()), sep=", ")
     return 1 if any(codes.values()) else 0
 

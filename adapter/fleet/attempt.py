@@ -23,14 +23,7 @@ import grpc
 
 from adapter import wire
 from adapter.bucketed import in_words
-from adapter.errors import (
-    GroupBroken,
-    SidecarUnreachable,
-    UpdateAborted,
-    UpdateFailed,
-    UpdateStillApplying,
-    WeightSyncError,
-)
+from adapter.errors import GroupBroken, UpdateAborted, UpdateFailed, UpdateStillApplying, WeightSyncError
 from adapter.filled import FilledBuckets, Region
 from adapter.fleet.group import Group, Sending
 from adapter.fleet.member import Answers, Asking, Member, ask, left, metadata
@@ -44,6 +37,7 @@ A = TypeVar("A")
 ABORT_S = 10.0
 ANSWER_S = 2.0
 PUBLISH_S = 60.0
+UNHEARD_S = 5.0
 LOOK_EVERY_S = 0.05
 MAX_REASON = 500
 MAX_NAMED = 5
@@ -239,17 +233,22 @@ class Attempt:
             return
         published = self._noted("publish", ask(ready.good, self._publishing))
         outcomes = {member: answer.outcome for member, answer in published.good.items()}
-        outcomes |= self._published_unheard(published.failed)
+        self._try.failed.update(published.failed)
+        for member, outcome in self._unheard(published.failed).items():
+            if (failure := wire.failure(outcome)) is None:
+                outcomes[member] = outcome
+                del self._try.failed[member]
+            else:
+                self._try.failed[member] = failure
         self._try.decided = bool(outcomes)
         self._try.published = outcomes
-        self._try.failed.update({member: why for member, why in published.failed.items() if member not in outcomes})
 
-    def _published_unheard(self, failed: Mapping[Member, WeightSyncError]) -> dict[Member, pb.UpdateOutcome]:
-        """Those that have published it although their answer was lost on its way."""
-        unheard = [member for member, why in failed.items() if isinstance(why, SidecarUnreachable)]
-        ended = self._hold(unheard).answers(ANSWER_S).good
-        committed = pb.UPDATE_STATE_COMMITTED
-        return {member: answer.outcome for member, answer in ended.items() if answer.outcome.state == committed}
+    def _unheard(self, failed: Mapping[Member, WeightSyncError]) -> dict[Member, pb.UpdateOutcome]:
+        """How it ended where the answer was lost on its way: most have published it all the same."""
+        request = pb.HoldUpdateRequest(update_id=self._header.update_id)
+        lost = [member for member, why in failed.items() if not why.reason]  # not the sidecar's own words
+        asking = ask(lost, lambda m: m.stub.rpc.HoldUpdate.future(request, timeout=UNHEARD_S, wait_for_ready=True))
+        return {member: answer.outcome for member, answer in asking.answers().good.items()}
 
     def _publishing(self, member: Member) -> grpc.Future[pb.PublishUpdateResponse]:
         # Decided is decided: the time for the update does not count any more.

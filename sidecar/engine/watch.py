@@ -11,14 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from sidecar.engine.sglang import SGLangEngine
-from sidecar.errors import EngineDown, EngineError
+from sidecar.errors import EngineDown, EngineError, EngineLost
 
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
 # One lost look can be a busy tokenizer (it parses large bodies on its event loop); several are not.
 MISSES_UNTIL_GONE = 3
-FIRST_LOOK_S = 5.0
+FIRST_LOOK_S = 2.0
 
 
 class EngineWatch:
@@ -28,7 +28,8 @@ class EngineWatch:
         self._engine = engine
         self._on_change = on_change
         self._misses = 0
-        self._has_looked = asyncio.Event()
+        self._knows = asyncio.Event()
+        """Set by the first look that a busy tokenizer cannot have failed."""
 
     async def run(self) -> None:
         """Look for ever."""
@@ -36,11 +37,11 @@ class EngineWatch:
             await self.look()
             await asyncio.sleep(PERIOD_S)
 
-    async def first_look(self) -> None:
-        """Until it has looked once, or five seconds: before that, nobody can say that the engine is not there."""
+    async def first_look(self, seconds: float) -> None:
+        """Until a look has told whether the engine is there; no longer than ``seconds``, and than two."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(FIRST_LOOK_S):
-                await self._has_looked.wait()
+            async with asyncio.timeout(min(seconds, FIRST_LOOK_S)):
+                await self._knows.wait()
 
     async def look(self) -> None:
         """Look once, and tell if anything is different."""
@@ -52,17 +53,19 @@ class EngineWatch:
             else:
                 await self._engine.look()
             self._misses = 0
+            self._knows.set()
         except EngineError as error:
             self._missed(error)
         if before != self._seen():
             self._on_change()
-        self._has_looked.set()
 
     def _seen(self) -> tuple[object, ...]:
         return self._engine.info, self._engine.epoch, self._engine.weight_version, self._engine.held
 
     def _missed(self, error: EngineError) -> None:
         self._misses += 1
+        if self._misses >= MISSES_UNTIL_GONE or not isinstance(error, EngineLost):
+            self._knows.set()
         if isinstance(error, EngineDown):
             self._engine.died()
         if self._engine.info is None:

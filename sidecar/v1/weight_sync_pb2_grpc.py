@@ -132,14 +132,15 @@ class WeightSyncServiceServicer:
     """
 
     def GetCapabilities(self, request, context):
-        """What this sidecar and its engine can do. Never waits for the engine.
+        """What this sidecar and its engine can do. Waits for the engine only until a new sidecar has looked for it once: two
+        seconds at most, and half of the caller's deadline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """What the sidecar is doing now, and for whom it waits. Never waits for the engine.
+        """What the sidecar is doing now, and for whom it waits. Waits for the engine as GetCapabilities does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

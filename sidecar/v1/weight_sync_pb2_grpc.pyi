@@ -44,9 +44,11 @@ class WeightSyncServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WeightSyncServiceAsyncStub: ...
     GetCapabilities: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.GetCapabilitiesRequest, _weight_sync_pb2.GetCapabilitiesResponse]
-    """What this sidecar and its engine can do. Never waits for the engine."""
+    """What this sidecar and its engine can do. Waits for the engine only until a new sidecar has looked for it once: two
+    seconds at most, and half of the caller's deadline.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.GetStatusRequest, _weight_sync_pb2.GetStatusResponse]
-    """What the sidecar is doing now, and for whom it waits. Never waits for the engine."""
+    """What the sidecar is doing now, and for whom it waits. Waits for the engine as GetCapabilities does."""
     UpdateWeights: _grpc.UnaryUnaryMultiCallable[_weight_sync_pb2.UpdateWeightsRequest, _weight_sync_pb2.UpdateWeightsResponse]
     """A whole update in one call per rank: returns when the engine serves the new version, or with the reason why
     it does not. Every TP rank makes this call once, in any order; the engine is untouched until all have.
@@ -117,9 +119,11 @@ class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetCapabilities: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.GetCapabilitiesRequest, _weight_sync_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
-    """What this sidecar and its engine can do. Never waits for the engine."""
+    """What this sidecar and its engine can do. Waits for the engine only until a new sidecar has looked for it once: two
+    seconds at most, and half of the caller's deadline.
+    """
     GetStatus: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.GetStatusRequest, _weight_sync_pb2.GetStatusResponse]  # type: ignore[assignment]
-    """What the sidecar is doing now, and for whom it waits. Never waits for the engine."""
+    """What the sidecar is doing now, and for whom it waits. Waits for the engine as GetCapabilities does."""
     UpdateWeights: _aio.UnaryUnaryMultiCallable[_weight_sync_pb2.UpdateWeightsRequest, _weight_sync_pb2.UpdateWeightsResponse]  # type: ignore[assignment]
     """A whole update in one call per rank: returns when the engine serves the new version, or with the reason why
     it does not. Every TP rank makes this call once, in any order; the engine is untouched until all have.
@@ -193,7 +197,9 @@ class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _weight_sync_pb2.GetCapabilitiesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weight_sync_pb2.GetCapabilitiesResponse, _abc.Awaitable[_weight_sync_pb2.GetCapabilitiesResponse]]:
-        """What this sidecar and its engine can do. Never waits for the engine."""
+        """What this sidecar and its engine can do. Waits for the engine only until a new sidecar has looked for it once: two
+        seconds at most, and half of the caller's deadline.
+        """
 
     @_abc_1.abstractmethod
     def GetStatus(
@@ -201,7 +207,7 @@ class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _weight_sync_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weight_sync_pb2.GetStatusResponse, _abc.Awaitable[_weight_sync_pb2.GetStatusResponse]]:
-        """What the sidecar is doing now, and for whom it waits. Never waits for the engine."""
+        """What the sidecar is doing now, and for whom it waits. Waits for the engine as GetCapabilities does."""
 
     @_abc_1.abstractmethod
     def UpdateWeights(

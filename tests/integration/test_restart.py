@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -91,6 +92,19 @@ def test_the_first_answer_of_a_sidecar_that_was_restarted_knows_the_engine(tmp_p
         with SidecarProcess(config), closing(SidecarStub(config.listen)) as stub:
             assert stub.capabilities().HasField("engine")
             assert stub.status().HasField("engine")
+
+
+def test_an_engine_that_says_nothing_holds_up_the_first_answer_for_no_longer_than_its_caller_waits(
+    tmp_path: Path,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        config = SidecarConfig(engine_url=url, listen=f"unix:{tmp_path}/sidecar.sock", log_path=tmp_path / "log")
+        with SidecarProcess(config), closing(SidecarStub(config.listen)) as stub:
+            hasty = stub.rpc.GetStatus(pb.GetStatusRequest(), timeout=1.5)
+            patient = stub.status()
+    assert hasty.state == patient.state == pb.SIDECAR_STATE_ENGINE_UNREACHABLE
+    assert "has not answered yet" in hasty.reason
 
 
 class Together:

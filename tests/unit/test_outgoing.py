@@ -174,10 +174,24 @@ def test_the_very_same_objects_are_refused_once_their_memory_is_gone(buffers: St
         whole(plans, tensors).staged(buffers, CPU)
 
 
-def test_new_objects_each_time_are_looked_at_each_time(buffers: StagingBuffers) -> None:
-    plans = planner()
-    looked = [whole(plans, model()).looked for _ in range(3)]
+def test_new_objects_each_time_are_looked_at_each_time() -> None:
+    plans, models = planner(), [model() for _ in range(3)]
+    looked = [whole(plans, tensors).looked for tensors in models]
     assert len({id(one) for one in looked}) == 3
+
+
+def test_a_trainer_may_swap_the_tensors_that_it_has_sent(buffers: StagingBuffers) -> None:
+    plans, tensors = planner(), model()
+    come_again(plans, tensors, buffers)
+    torch.utils.swap_tensors(tensors["odd"], torch.full((5, 3), 9.0))  # type: ignore[no-untyped-call]
+    assert_equal(staged(plans, tensors, buffers), tensors)
+
+
+def test_a_sparse_tensor_is_refused_in_the_same_words_however_often(buffers: StagingBuffers) -> None:
+    plans, tensors = planner(), {**model(), "part": torch.eye(4).to_sparse(), "last": torch.ones(2)}
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"tensor part has the layout torch\.sparse_coo"):
+            plans.outgoing(tensors.items(), None).staged(buffers, CPU)
 
 
 def test_two_models_in_turn_keep_their_plans(buffers: StagingBuffers) -> None:

@@ -188,6 +188,28 @@ def test_a_tensor_that_is_no_longer_contiguous_is_refused_though_its_address_is_
         resident({"w": weight.t()}, residents)
 
 
+def test_the_very_same_objects_are_taken_for_what_they_are_by_now() -> None:
+    residents, weight = Residents(allow_expandable=False), torch.nn.Parameter(allocate_flat(64, CPU).view(8, 8), False)
+    for _ in range(2):
+        resident({"w": weight}, residents).fill(0)
+    weight.data = weight.data.view(torch.int16)
+    (place,) = resident({"w": weight}, residents).plan.buckets[0].placements
+    assert (place.spec.dtype, place.spec.shape) == (torch.int16, (8, 4))
+    weight.data = weight.data[:4]
+    (place,) = resident({"w": weight}, residents).plan.buckets[0].placements
+    assert place.spec.shape == (4, 4)
+    weight.t_()
+    with pytest.raises(ValueError, match="tensor w is not contiguous"):
+        resident({"w": weight}, residents)
+
+
+def test_a_trainer_may_swap_the_tensors_that_it_has_sent() -> None:
+    residents, weight = Residents(allow_expandable=False), allocate_flat(64, CPU).fill_(1)
+    assert counted("w", weight, residents) == bytes([1]) * 64
+    torch.utils.swap_tensors(weight, allocate_flat(64, CPU).fill_(2))  # type: ignore[no-untyped-call]
+    assert counted("w", weight, residents) == bytes([2]) * 64
+
+
 def test_memory_that_is_out_of_shared_memory_by_now_is_refused() -> None:
     residents, weight = Residents(allow_expandable=False), torch.nn.Parameter(allocate_flat(64, CPU), False)
     resident({"w": weight}, residents).fill(0)
