@@ -5,6 +5,7 @@ with pinning made a no-op, by the same shim that stands in for vllm; everything 
 """
 
 import copy
+import gc
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -165,6 +166,7 @@ def merged_tokens(tuned: PeftModel) -> list[int]:
 
 
 def shared_files() -> set[str]:
+    gc.collect()  # the traceback of a refusal holds what was staged for it
     return {path.name for path in Path("/dev/shm").glob(f"torch_{os.getpid()}_*")}
 
 
