@@ -51,11 +51,12 @@ class SameTensors(ABC):
     an object may be another one by now, which is the same as long as all else is.
     """
 
-    def __init__(self, names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> None:
-        self._names = names
+    def __init__(self, seen: Form | Places, tensors: Sequence[torch.Tensor]) -> None:
+        """``seen``: what was seen of these tensors just now."""
+        self._names = seen.names
         self._objects = list(map(id, tensors))
         self._addresses = _addresses(tensors)
-        self._dtypes = list(map(_dtype, tensors))
+        self._dtypes = seen.dtypes
 
     def are(self, names: tuple[str, ...], values: Sequence[Sendable]) -> bool:
         """Whether these are they, where they were."""
@@ -77,8 +78,8 @@ class SameTensors(ABC):
 class SamePlaces(SameTensors):
     """Of tensors sent in place: as many contiguous numbers are the same, in whatever shape, to who reads them there."""
 
-    def __init__(self, names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> None:
-        super().__init__(names, tensors)
+    def __init__(self, seen: Places, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(seen, tensors)
         self._lengths = list(map(torch.Tensor.numel, tensors))
 
     def _look_alike(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -93,9 +94,9 @@ class SameForms(SameTensors):
     not seen.
     """
 
-    def __init__(self, names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> None:
-        super().__init__(names, tensors)
-        self._shapes = list(map(_shape, tensors))
+    def __init__(self, seen: Form, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(seen, tensors)
+        self._shapes = seen.shapes
 
     def _look_alike(self, tensors: Sequence[torch.Tensor]) -> bool:
         return list(map(_shape, tensors)) == self._shapes

@@ -174,12 +174,12 @@ class Planner:
         if planned is None:
             planned = self._planned(names, tensors)
             self._known.put(form, planned)
-        return WholeTensors(self._looked(names, tensors, planned), names, tensors)
+        return WholeTensors(self._looked(form, tensors, planned), names, tensors)
 
-    def _looked(self, names: tuple[str, ...], tensors: Sequence[torch.Tensor], planned: Planned) -> Looked:
+    def _looked(self, form: Form, tensors: Sequence[torch.Tensor], planned: Planned) -> Looked:
         """Remember these, unless the trainer makes new objects each time (``state_dict``): that has its price."""
         looked, ends = Looked(planned), (id(tensors[0]), id(tensors[-1]))
-        self._last = (SameForms(names, tensors), looked) if ends == self._ends else None
+        self._last = (SameForms(form, tensors), looked) if ends == self._ends else None
         self._ends = ends
         return looked
 

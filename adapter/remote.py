@@ -129,7 +129,9 @@ class RemoteUpdates:
             self._told_at = time.monotonic()
         if outcome is None:
             raise RanksMissing(f"rank 0 has not brought update {update_id!r} to its end within {timeout:.0f} s")
-        return _verdict(outcome)
+        if failure := wire.failure(outcome):
+            raise failure
+        return wire.result(outcome)
 
     def _ended(self, update_id: str, since: float) -> pb.UpdateOutcome | None:
         """How it ended, after ``since``, as an id may have been tried before. None: it has not, or nobody can tell."""
@@ -148,9 +150,3 @@ class RemoteUpdates:
 
 _ENDED = (pb.UPDATE_STATE_ABORTED, pb.UPDATE_STATE_FAILED)
 """Without having been committed, so that its id may be tried again."""
-
-
-def _verdict(outcome: pb.UpdateOutcome) -> UpdateResult:
-    if failure := wire.failure(outcome):
-        raise failure
-    return wire.result(outcome)

@@ -92,7 +92,7 @@ class Residents:
             if places:
                 self._known.put(places, layout)
         if places:
-            self._last = SamePlaces(names, tensors), layout
+            self._last = SamePlaces(places, tensors), layout
         self._forget_others(layout)
         return ResidentBuckets(layout, names, tensors, self._exports)
 

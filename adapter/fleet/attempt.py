@@ -52,13 +52,16 @@ class Try:
     """Whose own fault, or whose link's, the attempt's end was, and whoever was hit by it."""
     untouched: set[Member] = field(default_factory=set)
     """That were let go with what they served before."""
-    decided: bool = False
-    """Whether enough held it and it is published, whatever became of single members then."""
     broke: str = ""
     """Why the group cannot be used again."""
     seconds: dict[str, float] = field(default_factory=dict)
     waited: dict[str, dict[Member, float]] = field(default_factory=dict)
     """By step: how long each member took."""
+
+    @property
+    def decided(self) -> bool:
+        """Whether enough held it and it is published, whatever became of single members then."""
+        return bool(self.published)
 
 
 class Attempt:
@@ -100,7 +103,7 @@ class Attempt:
         with ExitStack() as held:
             with self._step("begin"):
                 begun = self._begin()
-                held.callback(self._hold(begun.good).cancel)
+                held.callback(self._hold(begun.good, left(self._give_up) + PUBLISH_S).cancel)
             if not self._all_are_there(begun, begun.good):
                 return self._try
             with self._step("prepare"):
@@ -232,23 +235,20 @@ class Attempt:
             self._try.failed.update({member: UpdateFailed(unpublished) for member in ready.good})
             return
         published = self._noted("publish", ask(ready.good, self._publishing))
-        outcomes = {member: answer.outcome for member, answer in published.good.items()}
+        self._try.published = {member: answer.outcome for member, answer in published.good.items()}
         self._try.failed.update(published.failed)
         for member, outcome in self._unheard(published.failed).items():
-            if (failure := wire.failure(outcome)) is None:
-                outcomes[member] = outcome
-                del self._try.failed[member]
-            else:
+            if failure := wire.failure(outcome):
                 self._try.failed[member] = failure
-        self._try.decided = bool(outcomes)
-        self._try.published = outcomes
+            else:
+                self._try.published[member] = outcome
+                del self._try.failed[member]
 
     def _unheard(self, failed: Mapping[Member, WeightSyncError]) -> dict[Member, pb.UpdateOutcome]:
         """How it ended where the answer was lost on its way: most have published it all the same."""
-        request = pb.HoldUpdateRequest(update_id=self._header.update_id)
         lost = [member for member, why in failed.items() if not why.reason]  # not the sidecar's own words
-        asking = ask(lost, lambda m: m.stub.rpc.HoldUpdate.future(request, timeout=UNHEARD_S, wait_for_ready=True))
-        return {member: answer.outcome for member, answer in asking.answers().good.items()}
+        ended = self._hold(lost, UNHEARD_S, reconnect=True).answers().good
+        return {member: answer.outcome for member, answer in ended.items()}
 
     def _publishing(self, member: Member) -> grpc.Future[pb.PublishUpdateResponse]:
         # Decided is decided: the time for the update does not count any more.
@@ -261,11 +261,15 @@ class Attempt:
         request = pb.AbortUpdateRequest(update_id=self._header.update_id, reason=why[:MAX_REASON])
         return ask(members, lambda member: member.stub.rpc.AbortUpdate.future(request, timeout=ABORT_S)).answers()
 
-    def _hold(self, members: Iterable[Member]) -> Asking[pb.HoldUpdateResponse]:
-        """Calls that stay open, so that the sidecars notice the death of this process at once."""
+    def _hold(
+        self, members: Iterable[Member], seconds: float, *, reconnect: bool = False
+    ) -> Asking[pb.HoldUpdateResponse]:
+        """Calls that stay open until the update has ended: the sidecars notice the death of this process at once.
+
+        ``reconnect``: waits for a sidecar that cannot be reached just now.
+        """
         request = pb.HoldUpdateRequest(update_id=self._header.update_id)
-        seconds = left(self._give_up) + PUBLISH_S
-        return ask(members, lambda member: member.stub.rpc.HoldUpdate.future(request, timeout=seconds))
+        return ask(members, lambda m: m.stub.rpc.HoldUpdate.future(request, timeout=seconds, wait_for_ready=reconnect))
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:

@@ -6,7 +6,6 @@ with pinning made a no-op, by the same shim that stands in for vllm; everything 
 
 import copy
 import gc
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from tests.conformance.client import EngineUnderTest
 from tests.conformance.contract import LORA_CHECKS
 from tests.e2e.engines import INSTALLED_RELEASE, READY_S, EngineSpec
 from tests.e2e.hf_models import build, greedy, write_folder
+from tests.fakes.shared_memory import files_of_this_process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -167,7 +167,7 @@ def merged_tokens(tuned: PeftModel) -> list[int]:
 
 def shared_files() -> set[str]:
     gc.collect()  # the traceback of a refusal holds what was staged for it
-    return {path.name for path in Path("/dev/shm").glob(f"torch_{os.getpid()}_*")}
+    return files_of_this_process()
 
 
 def test_a_server_with_lora_keeps_the_contract(served: Served) -> None:

@@ -59,6 +59,11 @@ class SharedFile:
         self.close()
 
 
+def files_of_this_process() -> set[str]:
+    """Names of what torch, or a fake of it, has in /dev/shm for this process: the exporter's part, or a leak."""
+    return {path.name for path in DIRECTORY.glob(f"torch_{os.getpid()}_*")}
+
+
 def path_of(name: str) -> Path:
     """The file behind a name such as "/torch_1_2", on whatever host it is."""
     elsewhere = ANOTHER_HOST / name.lstrip("/")

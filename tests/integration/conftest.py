@@ -1,7 +1,6 @@
 """Sidecars that several tests share, one per kind of engine, and those of a test's own."""
 
 import gc
-import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -11,6 +10,7 @@ import pytest
 
 from sidecar.v1 import weight_sync_pb2 as pb
 from tests.fakes import ScriptedEngine
+from tests.fakes.shared_memory import files_of_this_process
 from tests.integration.fleets import Trio
 from tests.integration.support import SESSIONS, Pair
 
@@ -20,15 +20,11 @@ StartPair = Callable[..., Pair]
 @pytest.fixture(autouse=True)
 def _no_shared_memory_is_left() -> Iterator[None]:
     """Of this test: what one that failed has left is not held against those after it."""
-    before = _shared_memory()
+    before = files_of_this_process()
     yield
-    if _shared_memory() - before:
+    if files_of_this_process() - before:
         gc.collect()
-        assert _shared_memory() - before == set()
-
-
-def _shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob(f"torch_{os.getpid()}_*")}
+        assert files_of_this_process() - before == set()
 
 
 @pytest.fixture(scope="session")

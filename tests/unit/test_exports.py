@@ -1,7 +1,6 @@
 """Host exports on the real /dev/shm, opened by another process as the engine opens them."""
 
 import gc
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import torch
 
 from adapter.exportable import allocate_flat
 from adapter.exports import HostExport, export_of
+from tests.fakes.shared_memory import files_of_this_process
 
 SHM = Path("/dev/shm")
 CPU = torch.device("cpu")
@@ -37,10 +37,6 @@ def _nothing_is_left_behind() -> Iterator[None]:
     yield
     gc.collect()
     assert files_of_this_process() <= before
-
-
-def files_of_this_process() -> set[str]:
-    return {path.name for path in SHM.glob(f"torch_{os.getpid()}_*")}
 
 
 def filled_export() -> HostExport:

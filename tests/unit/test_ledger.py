@@ -2,10 +2,8 @@
 
 import gc
 import logging
-import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +23,7 @@ from adapter.exports import Export, HostExport
 from adapter.ledger import ExportLedger
 from sidecar.v1 import weight_sync_pb2 as pb
 from tests.fakes import shared_memory
+from tests.fakes.shared_memory import files_of_this_process
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +32,6 @@ def _nothing_is_left_behind() -> Iterator[None]:
     yield
     gc.collect()
     assert files_of_this_process() <= before
-
-
-def files_of_this_process() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob(f"torch_{os.getpid()}_*")}
 
 
 @pytest.fixture

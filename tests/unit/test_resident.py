@@ -1,7 +1,6 @@
 """Tensors that lie in exportable memory are sent from there; those that do not are refused in a sentence."""
 
 import gc
-import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from adapter.planner import Plan
 from adapter.resident import Layout, Region, ResidentBuckets, Residents, listed
 from adapter.sources import LazyTensor, PlainTensor, Sendable
 from tests.fakes import shared_memory
+from tests.fakes.shared_memory import files_of_this_process
 
 SHM = Path("/dev/shm")
 CPU = torch.device("cpu")
@@ -27,10 +27,6 @@ def _nothing_is_left_behind() -> Iterator[None]:
     yield
     gc.collect()
     assert files_of_this_process() <= before
-
-
-def files_of_this_process() -> set[str]:
-    return {path.name for path in SHM.glob(f"torch_{os.getpid()}_*")}
 
 
 def flat_model() -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from adapter.sources import LazyTensor, PlainTensor, Sendable
 from adapter.sources.gather import as_bytes
 from adapter.staging import StagedBuckets, StagingBuffers, buffer_bytes, view_of
 from tests.fakes import shared_memory
+from tests.fakes.shared_memory import files_of_this_process
 
 SHM = Path("/dev/shm")
 CPU = torch.device("cpu")
@@ -31,10 +31,6 @@ def _nothing_is_left_behind() -> Iterator[None]:
     yield
     gc.collect()
     assert files_of_this_process() <= before
-
-
-def files_of_this_process() -> set[str]:
-    return {path.name for path in SHM.glob(f"torch_{os.getpid()}_*")}
 
 
 class View(NamedTuple):

@@ -29,7 +29,7 @@ def test_every_kind_of_failure_has_its_state(three: Three) -> None:
         EngineState.UNTOUCHED,
     ]
     story = Story({})
-    story.add(Try(failed={a: UpdateFailed("half")}, untouched={b}, published={c: pb.UpdateOutcome()}, decided=True))
+    story.add(Try(failed={a: UpdateFailed("half")}, untouched={b}, published={c: pb.UpdateOutcome()}))
     assert list(states(story).values()) == [EngineState.DIRTY, EngineState.UNTOUCHED, EngineState.PUBLISHED]
     assert [engine.error for engine in story.results().values()] == ["half", "", ""]
 
@@ -38,7 +38,7 @@ def test_decided_once_is_decided(three: Three) -> None:
     a, b, _ = three
     story = Story({})
     assert not story.decided
-    story.add(Try(published={a: pb.UpdateOutcome()}, decided=True))
+    story.add(Try(published={a: pb.UpdateOutcome()}))
     story.add(Try(failed={b: UpdateFailed("half")}))
     assert (story.decided, story.attempts) == (True, 2)
 
@@ -47,7 +47,7 @@ def test_the_last_try_of_an_engine_counts(three: Three) -> None:
     a, b, c = three
     story = Story({})
     story.add(Try(failed={a: UpdateFailed(HIT), b: UpdateFailed("to blame")}, untouched={c}))
-    story.add(Try(published={a: pb.UpdateOutcome()}, failed={c: UpdateAborted("restarted")}, decided=True))
+    story.add(Try(published={a: pb.UpdateOutcome()}, failed={c: UpdateAborted("restarted")}))
     assert states(story) == {"a:1": EngineState.PUBLISHED, "b:1": EngineState.DIRTY, "c:1": EngineState.UNTOUCHED}
     assert story.results()["a:1"].error == ""
 
@@ -66,7 +66,7 @@ def test_an_engine_that_is_dirty_is_not_made_clean_by_a_try_that_does_not_touch_
     story.add(Try(failed={a: UpdateFailed(HIT)}))
     story.add(Try(failed={a: UpdateRefused("no such group")}))
     assert states(story) == {"a:1": EngineState.DIRTY}
-    story.add(Try(published={a: pb.UpdateOutcome()}, decided=True))
+    story.add(Try(published={a: pb.UpdateOutcome()}))
     assert states(story) == {"a:1": EngineState.PUBLISHED}
 
 
@@ -76,7 +76,7 @@ def test_whoever_was_let_go_or_hit_by_another_is_worth_another_try(three: Three)
     story.add(Try(failed={a: UpdateFailed(HIT), b: UpdateFailed("no such tensor")}, untouched={c}))
     assert story.worth_another_try(three) == [a, c]
     assert story.worth_another_try([b, c]) == [c]
-    story.add(Try(published={a: pb.UpdateOutcome()}, failed={c: SidecarUnreachable(HIT)}, decided=True))
+    story.add(Try(published={a: pb.UpdateOutcome()}, failed={c: SidecarUnreachable(HIT)}))
     assert story.worth_another_try(three) == []
 
 
@@ -104,7 +104,7 @@ def test_an_engines_own_phases_are_told_in_seconds(three: Three) -> None:
     a, _, _ = three
     phase = pb.PhaseDuration(phase=pb.PHASE_LOAD, duration=Duration(seconds=1, nanos=500_000_000))
     story = Story({})
-    story.add(Try(published={a: pb.UpdateOutcome(phases=[phase])}, decided=True))
+    story.add(Try(published={a: pb.UpdateOutcome(phases=[phase])}))
     update = story.results()["a:1"].update
     assert update is not None
     assert update.phases == {"load": 1.5}
